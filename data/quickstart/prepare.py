@@ -1,0 +1,361 @@
+"""Make the quickstart from nothing: data rows, a tokenizer, two teachers and a half-trained student, all offline.
+
+    python data/quickstart/prepare.py --out quickstart
+
+Finished parts are kept: a second call with the same settings returns at once, and one that was killed half-way goes on
+with the parts that were not finished.  See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from task import DOMAINS, draw_strips, picture, rows
+from tiny_models import ModelShape
+
+HERE = Path(__file__).resolve().parent
+CODE = ("task.py", "tiny_models.py", "supervised.py", "prepare.py")
+"""Files whose content decides the result: a changed one makes the kept parts stale."""
+TEACHERS = {"teacher_vlm": "read", "teacher_text": "arithmetic"}
+"""Teacher -> the domain it serves; both are trained on all questions."""
+REPORT_EVERY_S = 10.0
+
+
+class PrepareError(RuntimeError):
+    """The quickstart could not be made; the message says what to type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one model is made."""
+
+    shape: ModelShape
+    schedule: dict[str, Any]
+    """Fields of ``supervised.Schedule``."""
+    expected_cpu_s: float
+    """CPU seconds on one core of a 2.6 GHz server, to share out the work and to guess the remaining time."""
+    offset: int
+    """Added to the seed, so that no two models start alike."""
+
+
+VISION = dict(vision_hidden=64, vision_layers=2, vision_heads=4, vision_mlp=128)
+RECIPES: dict[str, Recipe] = {
+    "teacher_vlm": Recipe(
+        shape=ModelShape(kind="llava", hidden=64, layers=2, heads=4, mlp=192, **VISION),
+        schedule=dict(steps=700),
+        expected_cpu_s=95,
+        offset=1,
+    ),
+    "teacher_text": Recipe(
+        shape=ModelShape(kind="text", hidden=64, layers=2, heads=4, mlp=192),
+        schedule=dict(steps=450),
+        expected_cpu_s=50,
+        offset=2,
+    ),
+    "student": Recipe(
+        shape=ModelShape(kind="llava", hidden=64, layers=2, heads=4, mlp=192, **VISION),
+        schedule=dict(steps=260),
+        expected_cpu_s=50,
+        offset=3,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides the result."""
+
+    seed: int
+    train_rows: int
+    eval_rows: int
+    steps_scale: float
+
+    def digest(self) -> str:
+        """Short hash of the settings, the recipes and the code that follows them."""
+        parts = [json.dumps(asdict(self), sort_keys=True)]
+        parts += [(HERE / name).read_text() for name in CODE]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+class Workshop:
+    """The output folder: parts are made aside, then moved into place, then stamped with the settings' hash."""
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        self.folder = folder
+        self.digest = digest
+        self.aside = folder / ".unfinished"
+        self.stamps = folder / ".finished"
+
+    def result(self, part: str) -> dict[str, Any] | None:
+        """What was noted of a finished part of these settings; None if it has to be made."""
+        return self._read(self.stamps / f"{part}.json")
+
+    def manifest(self) -> dict[str, Any] | None:
+        return self._read(self.folder / "manifest.json")
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        if not path.exists():
+            return None
+        noted = json.loads(path.read_text())
+        return noted if noted.get("settings_hash") == self.digest else None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder against a second preparation at the same time; sweep what a killed one left behind."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PrepareError(
+                    f"another preparation is at work in {self.folder}; wait for it, or choose another --out."
+                ) from None
+            shutil.rmtree(self.aside, ignore_errors=True)
+            self.stamps.mkdir(exist_ok=True)
+            yield
+            shutil.rmtree(self.aside, ignore_errors=True)
+
+    def begin(self, part: str) -> Path:
+        """An empty folder aside to make ``part`` in; the stamp of an older one goes."""
+        (self.stamps / f"{part}.json").unlink(missing_ok=True)
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+        folder = self.aside / part
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def finish(self, part: str, places: dict[str, str], noted: dict[str, Any]) -> None:
+        """Move ``places`` (name aside -> name in the folder) into place and stamp the part."""
+        for source, target in places.items():
+            place = self.folder / target
+            if place.is_dir():
+                shutil.rmtree(place)
+            os.replace(self.aside / part / source, place)
+        self.write(self.stamps / f"{part}.json", noted)
+
+    def write(self, path: Path, noted: dict[str, Any]) -> None:
+        aside = path.with_suffix(".json.tmp")
+        aside.write_text(json.dumps({"settings_hash": self.digest, **noted}, indent=2) + "\n")
+        os.replace(aside, path)
+
+
+def scans_and_labels() -> tuple[Any, Any]:
+    """The 1,797 bundled scans: ink [1797, 8, 8] in 0..16 and digits [1797]."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise PrepareError("scikit-learn brings the scans; type: pip install scikit-learn") from error
+    bundle = load_digits()
+    return bundle.images, bundle.target
+
+
+def make_data(workshop: Workshop, settings: Settings) -> None:
+    """Pictures and rows of both splits."""
+    from PIL import Image
+
+    start = time.process_time()
+    scans, labels = scans_and_labels()
+    folder = workshop.begin("data")
+    (folder / "images").mkdir()
+    for split, n_rows in (("train", settings.train_rows), ("eval", settings.eval_rows)):
+        strips = draw_strips(labels, split, n_rows, settings.seed)
+        for strip in strips:
+            Image.fromarray(picture(scans[list(strip.scans)])).save(folder / strip.name)
+        lines = [json.dumps(row) + "\n" for row in rows(strips)]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    names = ("images", "train.jsonl", "eval.jsonl")
+    workshop.finish("data", {n: n for n in names}, {"cpu_s": round(time.process_time() - start, 1)})
+
+
+def run_lane(names: Sequence[str], workshop: Workshop, settings: Settings, threads: int, news: Any) -> None:
+    """In a process of its own: make the named models one after another; ``news`` gets (name, steps done, steps)."""
+    # Read by the numerical libraries when they are first imported.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from supervised import Schedule, build
+
+    torch.set_num_threads(threads)
+    scans, labels = scans_and_labels()
+    parent = multiprocessing.parent_process()
+    for name in names:
+        recipe = RECIPES[name]
+        schedule = Schedule(**{**recipe.schedule, "steps": n_steps(name, settings)})
+
+        def progress(step: int, loss: float, name: str = name, total: int = schedule.steps) -> None:
+            if parent is not None and not parent.is_alive():
+                raise SystemExit(f"{name}: the preparation was ended; this part will be made anew")
+            news.put((name, step, total, loss))
+
+        folder = workshop.begin(name)
+        noted = build(folder, recipe.shape, schedule, scans, labels, settings.seed + 1000 * recipe.offset, progress)
+        workshop.finish(name, {".": name}, noted)
+
+
+def n_steps(name: str, settings: Settings) -> int:
+    return max(1, round(RECIPES[name].schedule["steps"] * settings.steps_scale))
+
+
+def share_out(names: Sequence[str], lanes: int) -> list[list[str]]:
+    """Names into at most ``lanes`` lists of about equal cost, longest first."""
+    shares: list[list[str]] = [[] for _ in range(max(1, min(lanes, len(names))))]
+    for name in sorted(names, key=lambda n: -RECIPES[n].expected_cpu_s):
+        min(shares, key=lambda share: sum(RECIPES[n].expected_cpu_s for n in share)).append(name)
+    return [share for share in shares if share]
+
+
+def make_models(names: Sequence[str], workshop: Workshop, settings: Settings, jobs: int, threads: int) -> None:
+    """Train the named models in ``jobs`` processes of ``threads`` threads, and the data rows meanwhile if missing."""
+    context = multiprocessing.get_context("spawn")
+    news = context.Queue()
+    lanes = [
+        context.Process(target=run_lane, args=(share, workshop, settings, threads, news), daemon=True)
+        for share in share_out(names, jobs)
+    ]
+    for lane in lanes:
+        lane.start()
+    if workshop.result("data") is None:
+        make_data(workshop, settings)
+    watch(lanes, news, {name: n_steps(name, settings) for name in names})
+    broken = [lane for lane in lanes if lane.exitcode]
+    if broken:
+        raise PrepareError(
+            f"a training process ended with exit code {broken[0].exitcode} (its own message is above); "
+            "finished parts are kept, so type the same command again once the cause is gone."
+        )
+
+
+def watch(lanes: Sequence[Any], news: Any, totals: dict[str, int]) -> None:
+    """Print progress until every lane has ended or one has failed."""
+    start = last = time.monotonic()
+    done = dict.fromkeys(totals, 0)
+    losses: dict[str, float] = {}
+    while any(lane.is_alive() for lane in lanes) and not any(lane.exitcode for lane in lanes):
+        with contextlib.suppress(queue.Empty):
+            name, step, _, loss = news.get(timeout=0.5)
+            done[name], losses[name] = step, loss
+        if time.monotonic() - last >= REPORT_EVERY_S:
+            last = time.monotonic()
+            print(progress_line(done, totals, losses, last - start), flush=True)
+    for lane in lanes:
+        lane.join(timeout=0 if any(other.exitcode for other in lanes) else None)
+
+
+def progress_line(
+    done: dict[str, int], totals: dict[str, int], losses: dict[str, float], elapsed_s: float
+) -> str:
+    """E.g. ``  teacher_vlm 120/800 (loss 0.31)  student waiting   12 %, about 95 s left``."""
+    told = [
+        f"{name} {done[name]}/{totals[name]} (loss {losses[name]:.2f})" if name in losses else f"{name} waiting"
+        for name in totals
+    ]
+    cost = {name: RECIPES[name].expected_cpu_s for name in totals}
+    share = sum(cost[name] * done[name] / totals[name] for name in totals) / sum(cost.values())
+    left = f", about {elapsed_s * (1 - share) / share:.0f} s left" if share > 0.02 else ""
+    return f"  {'  '.join(told)}   {100 * share:.0f} %{left}"
+
+
+def make_measurements(workshop: Workshop, settings: Settings, threads: int) -> dict[str, Any]:
+    """Held-out accuracies and gaps of the finished models."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from supervised import measure
+
+    torch.set_num_threads(threads)
+    return measure(workshop.folder, TEACHERS, settings.seed)
+
+
+def prepare(folder: Path, settings: Settings, jobs: int = 2, threads: int = 1) -> dict[str, Any]:
+    """Make what is missing in ``folder`` and return the manifest."""
+    workshop = Workshop(folder, settings.digest())
+    if (manifest := workshop.manifest()) is not None:
+        print(f"Quickstart: {folder} is ready (made earlier with the same settings).")
+        return manifest
+    start = time.monotonic()
+    with workshop.alone():
+        missing = [name for name in RECIPES if workshop.result(name) is None]
+        print(
+            "Quickstart: no model weights can be downloaded here, so three small models (a quarter of a million weights "
+            "each)\nare now trained from scratch, by ordinary supervised training on scikit-learn's bundled scans of "
+            "handwritten digits.\n"
+            f"To do: {', '.join(missing) or 'measurements only'}; {jobs} processes of {threads} thread(s). "
+            "This happens once: the result is kept in\n"
+            f"{folder}",
+            flush=True,
+        )
+        make_models(missing, workshop, settings, jobs, threads)
+        print("  measuring on held-out digits", flush=True)
+        measured = make_measurements(workshop, settings, threads)
+        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        workshop.write(
+            folder / "manifest.json",
+            {
+                "settings": asdict(settings),
+                "models": {name: {**(workshop.result(name) or {}), **measured[name]} for name in RECIPES},
+                "serves": TEACHERS,
+                "cpu_s": round(sum(u.ru_utime + u.ru_stime for u in usage), 1),
+                "wall_s": round(time.monotonic() - start, 1),
+                "versions": {p: version(p) for p in ("torch", "transformers", "tokenizers", "scikit-learn", "numpy")},
+            },
+        )
+    manifest = workshop.manifest()
+    assert manifest is not None
+    print(summary(manifest))
+    return manifest
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """The accuracies as a small table."""
+    lines = [f"Held-out accuracy, greedy (at temperature 1):   {'   '.join(f'{d:>15}' for d in DOMAINS)}"]
+    for name, facts in manifest["models"].items():
+        shares = [f"{facts['greedy'][d]:.2f} ({facts['sampled'][d]:.2f})" for d in DOMAINS]
+        lines.append(f"  {name:<14} {facts['parameters']:>8,} weights {'':>18} {'   '.join(f'{s:>15}' for s in shares)}")
+    lines.append(f"Ready after {manifest['wall_s']:.0f} s ({manifest['cpu_s']:.0f} CPU seconds).")
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to make it in")
+    parser.add_argument("--seed", type=int, default=0, help="data, initial weights and training (default 0)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process (default 1)")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default 2)")
+    parser.add_argument("--train-rows", type=int, default=8000, help="rows of train.jsonl (default 8000)")
+    parser.add_argument("--eval-rows", type=int, default=400, help="rows of eval.jsonl (default 400)")
+    parser.add_argument(
+        "--steps-scale", type=float, default=1.0, help="fraction of the training steps; < 1 gives poor models soon"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    settings = Settings(
+        seed=args.seed, train_rows=args.train_rows, eval_rows=args.eval_rows, steps_scale=args.steps_scale
+    )
+    try:
+        prepare(args.out.resolve(), settings, jobs=args.jobs, threads=args.threads)
+    except PrepareError as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,400 @@
+"""The adapter every family shares: messages and images in, token ids, masks and model tensors out.
+
+P = prompt tokens with every image expanded to its placeholders, C = with one placeholder per image, B =
+prompts.
+What a family fills in is marked "family" below; README.md has the checklist.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from uniopd_mm.processors import chat
+from uniopd_mm.processors.errors import ProcessorError
+from uniopd_mm.processors.images import require_working_torchvision, to_rgb_all
+from uniopd_mm.processors.tokens import encode_as_plain_text, find_vision_tokens, split_decode
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+Span = tuple[int, int]
+"""[start, end) in token positions."""
+
+_CONFIG_VISION_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_SUB_PROCESSORS = ("chat_template", "tokenizer", "image_processor", "video_processor")
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPrompt:
+    """One prompt as a model takes it."""
+
+    input_ids: Tensor
+    """[P] int64, placeholders expanded."""
+    vision_mask: Tensor
+    """[P] bool, True at every vision token: placeholders, image start and end, video."""
+    model_inputs: dict[str, Tensor]
+    """The model's other inputs by argument name, e.g. pixel_values; those that are not [P] count images or
+    patches on dim 0."""
+    collapsed_ids: Tensor
+    """[C] int64, exactly one placeholder per image: what inference servers take beside the pictures."""
+    image_spans: tuple[Span, ...]
+    """Each image's placeholders in ``input_ids``."""
+    collapsed_spans: tuple[Span, ...]
+    """Each image's placeholder in ``collapsed_ids``."""
+
+
+class VLMProcessor:
+    """Adapter of one model family; agrees token for token with the family's own Hugging Face processor.
+
+    One difference is on purpose: a vision marker such as ``<image>`` that somebody typed in a text is
+    encoded as those characters, never as an image.
+    """
+
+    sees_images: ClassVar[bool] = True
+    token_inputs: ClassVar[tuple[str, ...]] = ()
+    """family: names of the model inputs of shape [P], padded with 0 by :meth:`collate`."""
+    processor_classes: ClassVar[Mapping[str, str]] = {}
+    """family: model type -> name of its Hugging Face processor class, written by :meth:`save_pretrained`."""
+
+    def __init__(
+        self,
+        path_or_id: str | Path,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        revision: str | None = None,
+        template: Mapping[str, Any] | None = None,
+    ) -> None:
+        if self.sees_images:
+            require_working_torchvision()
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.path = str(path_or_id)
+        self.hub = {} if revision is None else {"revision": revision}
+        self.config = AutoConfig.from_pretrained(self.path, **self.hub)
+        self.model_type: str = self.config.model_type
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path, **self.hub)
+        settings = self.read_processor_files() if self.sees_images else {}
+        self.processor_settings = {
+            key: value for key, value in settings.items() if key not in _SUB_PROCESSORS
+        }
+        self._vision = find_vision_tokens(
+            self.tokenizer, [getattr(self.config, name, None) for name in _CONFIG_VISION_IDS]
+        )
+        self.image_token_id: int | None = self._find_image_token() if self.sees_images else None
+        source = settings.get("chat_template") or self.tokenizer.chat_template
+        if isinstance(source, Mapping):  # several named templates
+            source = source.get("default")
+        self.template = chat.ChatTemplate(self.tokenizer, source, template or {}, self.image_slot)
+        self._stop_ids = self._find_stop_ids()
+        self.load_image_processor(min_pixels, max_pixels)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path, **options: Any) -> VLMProcessor:
+        """Adapter from a model folder or hub id; options as in :func:`get_processor`."""
+        return cls(path_or_id, **options)
+
+    # ---- family: what differs between families
+
+    @property
+    def image_slot(self) -> str:
+        """family: what stands for an image in a chat template that knows no image parts."""
+        raise NotImplementedError
+
+    def load_image_processor(self, min_pixels: int | None, max_pixels: int | None) -> None:
+        """family: set up what :meth:`process_images` needs, from ``self.path`` and ``self.hub``."""
+        raise NotImplementedError
+
+    def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[int]]:
+        """family: model inputs of these RGB images, and how many placeholders each of them takes."""
+        raise NotImplementedError
+
+    def expected_image_tokens(self, height: int, width: int) -> int:
+        """family: placeholders of an upright image of this size in pixels; what :meth:`encode` gives."""
+        raise NotImplementedError
+
+    def make_token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """family: the [P] model inputs named in ``token_inputs``."""
+        return {}
+
+    def write_image_files(self, folder: Path) -> None:
+        """family: the image processor's files, as from_pretrained reads them."""
+        raise NotImplementedError
+
+    # ---- prompts
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[Image] = (),
+        add_generation_prompt: bool = True,
+    ) -> EncodedPrompt:
+        """Chat turns and their PIL images (the k-th image part is ``images[k]``) as one prompt."""
+        import torch
+
+        turns = chat.check_messages(messages)
+        pictures = self._check_images(turns, images)
+        collapsed = self._tokenize(turns, add_generation_prompt)
+        slots = [position for position, token in enumerate(collapsed) if token == self.image_token_id]
+        if len(slots) != len(pictures):
+            raise ProcessorError(
+                f"The chat template of {self.path} made {len(slots)} image placeholders of {len(pictures)} "
+                f"images; it "
+                "must make one for each.  Check chat_template.jinja."
+            )
+        tensors, counts = self._process(pictures)
+        expanded, spans = _expand(collapsed, slots, counts)
+        input_ids = torch.tensor(expanded, dtype=torch.int64)
+        return EncodedPrompt(
+            input_ids=input_ids,
+            vision_mask=torch.isin(input_ids, torch.tensor(self.suppress_token_ids(), dtype=torch.int64)),
+            model_inputs={**tensors, **self.make_token_inputs(input_ids)},
+            collapsed_ids=torch.tensor(collapsed, dtype=torch.int64),
+            image_spans=spans,
+            collapsed_spans=tuple((slot, slot + 1) for slot in slots),
+        )
+
+    def collate(
+        self, prompts: Sequence[EncodedPrompt], padding_side: Literal["left", "right"] = "left"
+    ) -> dict[str, Tensor]:
+        """One batch: input_ids and attention_mask [B, longest P] int64, [P] inputs padded with 0, vision
+        tensors of all prompts in order on dim 0.  A vision tensor is absent when no prompt has an image."""
+        import torch
+
+        if not prompts:
+            raise ProcessorError("collate got no prompts; expected at least one EncodedPrompt.")
+        if padding_side not in ("left", "right"):
+            raise ProcessorError(f"padding_side is {padding_side!r}; expected 'left' or 'right'.")
+        batch = {
+            "input_ids": _pad([p.input_ids for p in prompts], self.pad_token_id, padding_side),
+            "attention_mask": _pad([torch.ones_like(p.input_ids) for p in prompts], 0, padding_side),
+        }
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.model_inputs)
+        for name in names:
+            if name in self.token_inputs:
+                batch[name] = _pad([p.model_inputs[name] for p in prompts], 0, padding_side)
+            else:
+                batch[name] = torch.cat([p.model_inputs[name] for p in prompts if name in p.model_inputs])
+        return batch
+
+    def text_view(self, messages: Sequence[Mapping[str, Any]], image_text: Sequence[str]) -> chat.Turns:
+        """The same messages for a reader without eyes: the k-th image part becomes ``image_text[k]``, ""
+        drops it."""
+        return chat.replace_images(messages, image_text)
+
+    # ---- tokens
+
+    def vision_token_ids(self) -> frozenset[int]:
+        """Every id that stands for vision (placeholder, image start and end, video), whether or not the
+        model sees."""
+        return frozenset(self._vision.values())
+
+    def suppress_token_ids(self) -> list[int]:
+        """Ids a model must never sample: a sampled placeholder makes the next forward pass miss an image."""
+        return sorted(self._vision.values())
+
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end an answer, the template's end of turn first."""
+        return list(self._stop_ids)
+
+    def strip_vision(self, ids: Any) -> Any:
+        """The same ids (list, or tensor of one dimension) without vision tokens."""
+        vision = self.vision_token_ids()
+        if isinstance(ids, list | tuple):
+            return type(ids)(token for token in ids if token not in vision)
+        import torch
+
+        return ids[
+            ~torch.isin(ids, torch.tensor(self.suppress_token_ids(), dtype=ids.dtype, device=ids.device))
+        ]
+
+    @property
+    def pad_token_id(self) -> int:
+        """The tokenizer's pad token, else the stop token (the attention mask tells them apart)."""
+        if self.tokenizer.pad_token_id is not None:
+            return self.tokenizer.pad_token_id
+        return self._stop_ids[0] if self._stop_ids else 0
+
+    def decode(self, ids: Any) -> str:
+        """Text of these ids without special tokens."""
+        return self.tokenizer.decode(
+            _as_list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def decode_tokens(self, ids: Any) -> list[str]:
+        """One string per token, special tokens kept; joined, the decoded whole.  A character made of several
+        tokens belongs to the last of them; bytes that are no UTF-8 show as U+FFFD."""
+        return split_decode(self.tokenizer, _as_list(ids))
+
+    # ---- files
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Tokenizer, chat template and image processor files, as get_processor and AutoProcessor read
+        them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.chat_template = self.template.source
+        tokenizer.save_pretrained(folder)
+        if self.sees_images:
+            named = (
+                {"processor_class": self.processor_classes.get(self.model_type)}
+                if self.processor_classes
+                else {}
+            )
+            write_json(folder / "processor_config.json", {**named, **self.processor_settings})
+            self.write_image_files(folder)
+
+    # ---- steps
+
+    def read_processor_files(self) -> dict[str, Any]:
+        """processor_config.json with the processor's chat template, as Hugging Face puts them together; {}
+        if none."""
+        from transformers import ProcessorMixin
+
+        return ProcessorMixin.get_processor_dict(self.path, **self.hub)[0]
+
+    def _find_image_token(self) -> int:
+        token_id = self.config.image_token_id
+        if token_id not in self._vision.values():
+            name = (
+                self.tokenizer.convert_ids_to_tokens(token_id)
+                if token_id < len(self.tokenizer)
+                else "nothing"
+            )
+            raise ProcessorError(
+                f"config.json of {self.path} says that image_token_id is {token_id}, which in the tokenizer "
+                f"is {name!r}; "
+                "expected an added token.  Model and tokenizer do not belong together, or the placeholder "
+                "was never "
+                'added: tokenizer.add_tokens(["<image>"], special_tokens=True).'
+            )
+        return token_id
+
+    def _find_stop_ids(self) -> list[int]:
+        from transformers import GenerationConfig
+
+        try:
+            stops = GenerationConfig.from_pretrained(self.path, **self.hub).eos_token_id
+        except OSError:  # the folder has no generation_config.json
+            stops = None
+        if stops is None:
+            stops = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        stops = [stops] if isinstance(stops, int) else list(stops)
+        end_of_turn = self._find_end_of_turn()
+        if end_of_turn is None and self.tokenizer.eos_token_id in stops:
+            end_of_turn = self.tokenizer.eos_token_id
+        return list(dict.fromkeys([*([] if end_of_turn is None else [end_of_turn]), *stops]))
+
+    def _find_end_of_turn(self) -> int | None:
+        """The special token that the template puts behind an answer.  A base model's generation_config may
+        not list it, yet nothing of use follows it."""
+        ids = self.tokenizer.encode(self.template.text_after_answer(), add_special_tokens=False)
+        for token_id in ids:
+            added = self.tokenizer.added_tokens_decoder.get(token_id)
+            if added is not None and added.special and token_id not in self._vision.values():
+                return token_id
+            if self.tokenizer.decode([token_id]).strip():
+                return None
+        return None
+
+    def _check_images(self, turns: chat.Turns, images: Sequence[Any]) -> list[Image]:
+        if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+            raise ProcessorError(f"images is a {type(images).__name__}; expected a list of PIL images.")
+        expected = chat.count_images(turns)
+        if len(images) != expected:
+            spelled = [
+                marker
+                for marker in self._vision
+                if marker in json.dumps(turns, ensure_ascii=False, default=str)
+            ]
+            hint = f"  {spelled[0]!r} typed in a text is only text." if spelled else ""
+            raise ProcessorError(
+                f"The messages hold {expected} image parts, but {len(images)} images were given.  Write one "
+                f'{{"type": "image"}} part for each image, where it belongs.{hint}'
+            )
+        if images and not self.sees_images:
+            raise ProcessorError(
+                f"{self.path} ({self.model_type}) is text-only, but the prompt has {len(images)} images.  "
+                f"Replace them by "
+                "text first: text_view(messages, image_text)."
+            )
+        return to_rgb_all(images)
+
+    def _tokenize(self, turns: chat.Turns, add_generation_prompt: bool) -> list[int]:
+        """[C] ids; vision markers that the template wrote are special tokens, those that a user typed are
+        text."""
+        markers = tuple(self._vision)
+        hidden, stand_ins = chat.hide_markers(turns, markers)
+        rendered = self.template.render(hidden, add_generation_prompt)
+        text, order = chat.restore_markers(rendered, stand_ins, markers)
+        ids = self.tokenizer(text, add_special_tokens=self._adds_special_tokens(text), verbose=False)[
+            "input_ids"
+        ]
+        if not stand_ins:
+            return ids
+        found = [token for token in ids if token in self._vision.values()]
+        if found != [self._vision[marker] for marker, _ in order]:
+            raise ProcessorError(
+                f"The text spells out {', '.join(sorted(stand_ins.values()))} in a way that the tokenizer of "
+                f"{self.path} "
+                "reads differently than it is written.  Remove it from the text."
+            )
+        plain = {marker: encode_as_plain_text(self.tokenizer, marker) for marker in stand_ins.values()}
+        typed = iter(order)
+        result: list[int] = []
+        for token in ids:
+            marker, is_typed = next(typed) if token in self._vision.values() else ("", False)
+            result.extend(plain[marker] if is_typed else [token])
+        return result
+
+    def _adds_special_tokens(self, rendered: str) -> bool:
+        """Hugging Face's rule for processors: the tokenizer adds its own unless the template began with the
+        BOS token."""
+        bos = self.tokenizer.bos_token
+        return bos is None or not rendered.startswith(bos)
+
+    def _process(self, images: list[Image]) -> tuple[dict[str, Tensor], list[int]]:
+        if not images:
+            return {}, []
+        try:
+            return self.process_images(images)
+        except ValueError as error:  # e.g. an aspect ratio the family cannot resize
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise ProcessorError(f"The images ({sizes} pixels) cannot be processed: {error}") from error
+
+
+def _expand(collapsed: list[int], slots: list[int], counts: list[int]) -> tuple[list[int], tuple[Span, ...]]:
+    """Repeat the placeholder at ``slots[k]`` ``counts[k]`` times; also the [start, end) of each run."""
+    expanded: list[int] = []
+    spans = []
+    copied = 0
+    for slot, count in zip(slots, counts, strict=True):
+        expanded += collapsed[copied:slot]
+        spans.append((len(expanded), len(expanded) + count))
+        expanded += [collapsed[slot]] * count
+        copied = slot + 1
+    return expanded + collapsed[copied:], tuple(spans)
+
+
+def _pad(rows: Sequence[Tensor], value: int, side: str) -> Tensor:
+    import torch
+    from torch.nn.functional import pad
+
+    longest = max(len(row) for row in rows)
+    missing = [(longest - len(row), 0) if side == "left" else (0, longest - len(row)) for row in rows]
+    return torch.stack([pad(row, gap, value=value) for row, gap in zip(rows, missing, strict=True)])
+
+
+def _as_list(ids: Any) -> list[int]:
+    return ids.tolist() if hasattr(ids, "tolist") else list(ids)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""A package, so that ``tests.tiny`` is ours even where another project installed a top-level ``tests``."""

@@ -1,0 +1,103 @@
+"""Balancing and calibration over the global batch: the same on one rank and on two real ones."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from uniopd_mm.config import TrainConfig
+from uniopd_mm.errors import UniOPDError
+from uniopd_mm.rollout import Group, Outcome, Prompt, Rollout
+from uniopd_mm.training.credit import assign_advantages
+from uniopd_mm.training.distributed import World
+
+CPU = torch.device("cpu")
+
+
+def make_config(**calibration: object) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "out": "unused",
+            "steps": 1,
+            "student": {"model": "unused"},
+            "teachers": {"t": {"model": "unused"}},
+            "data": {"train": "unused"},
+            "calibration": calibration,
+        }
+    )
+
+
+def random_groups(n_groups: int = 6, n: int = 5) -> list[Group]:
+    rng = random.Random(0)
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for slot in range(n_groups):
+        rollouts = []
+        for _ in range(n):
+            length = rng.randint(1, 9)
+            rollouts.append(
+                Rollout(
+                    response_ids=torch.arange(length),
+                    sampler_logprobs=torch.zeros(length),
+                    student_logprobs=-torch.rand(length, generator=generator),
+                    finish="stop",
+                    outcome=Outcome(rng.choice([True, False, False, None])),
+                    teacher_logprobs=-2 * torch.rand(length, generator=generator),
+                    scored=torch.rand(length, generator=generator) > 0.2,
+                )
+            )
+        groups.append(Group(Prompt(id=f"p{slot}", messages=()), None, tuple(rollouts), slot=slot))
+    return groups
+
+
+def run_rank(rank: int, size: int, port: int, folder: str, calibration: dict[str, object]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    world = World(rank, size, rank, CPU)
+    groups = random_groups()
+    mine = [groups[i] for i in world.share(len(groups))]
+    torch.save(assign_advantages(mine, make_config(**calibration), world, step=3), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        {"kind": "shift", "delta": 0.4, "direction": "spread"},
+        {"kind": "shift", "scope": "global", "margin": "minmax", "delta": 1.0},
+        {"kind": "mask", "scope": "global", "delta": 0.4},
+    ],
+    ids=["shift group", "shift global", "mask global"],
+)
+def test_two_ranks_assign_what_one_assigns(tmp_path: Path, calibration: dict[str, object]) -> None:
+    whole, stats = assign_advantages(random_groups(), make_config(**calibration), World(0, 1, 0, CPU), step=3)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(run_rank, (2, port, str(tmp_path), calibration), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    assert parts[0][1] == parts[1][1] == stats
+    for ours, wanted in zip(parts[0][0] + parts[1][0], whole, strict=True):
+        for a, b in zip(ours.rollouts, wanted.rollouts, strict=True):
+            assert a.kept == b.kept
+            assert torch.equal(a.advantages, b.advantages)
+    assert any(not r.kept for g in whole for r in g.rollouts)
+    assert any(r.kept and r.advantages.any() for g in whole for r in g.rollouts)
+
+
+def test_a_step_whose_outcomes_are_mostly_unknown_stops_the_run() -> None:
+    from dataclasses import replace
+
+    groups = [
+        replace(g, rollouts=tuple(replace(r, outcome=Outcome(None, reason="down")) for r in g.rollouts))
+        for g in random_groups()
+    ]
+    with pytest.raises(UniOPDError, match="max_unknown_share"):
+        assign_advantages(groups, make_config(), World(0, 1, 0, CPU), step=0)

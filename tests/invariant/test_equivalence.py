@@ -1,0 +1,69 @@
+"""Settings that must not change what is computed: ranks, accumulation, ZeRO stage, sharing the prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launching import metrics, train, write_recipe
+from safetensors.torch import load_file
+
+COMPARED = (
+    "train/loss",
+    "train/gap",
+    "train/grad_norm",
+    "rollout/length",
+    "rollout/kept_share",
+    "eval/length",
+)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("equivalence"), tiny_models)
+
+
+@pytest.fixture(scope="module")
+def reference(recipe: Path) -> Path:
+    """One rank, one group at a time."""
+    return train(recipe, f"out={recipe.parent / 'reference'}")
+
+
+VARIANTS = {
+    "one micro-batch": (1, ["distributed.micro_groups=4"]),
+    "two ranks": (2, []),
+    "two ranks, one micro-batch": (2, ["distributed.micro_groups=2"]),
+    "ZeRO-2 on two ranks": (2, ["distributed.zero_stage=2"]),
+    "ZeRO-3 on two ranks": (2, ["distributed.zero_stage=3"]),
+    "one row per rollout": (1, ["student.shared_prefix=false"]),
+    "gradient checkpointing": (1, ["student.gradient_checkpointing=true", "distributed.micro_groups=2"]),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_trajectory_is_the_same_with(name: str, recipe: Path, reference: Path) -> None:
+    ranks, settings = VARIANTS[name]
+    run = train(recipe, f"out={recipe.parent / name.replace(' ', '_')}", *settings, ranks=ranks)
+    for ours, wanted in zip(metrics(run), metrics(reference), strict=True):
+        assert ours["step"] == wanted["step"]
+        for key in COMPARED:
+            assert ours.get(key) == pytest.approx(wanted.get(key), rel=2e-4, abs=2e-5), (ours["step"], key)
+    ours, wanted = (
+        load_file(run / "model" / "model.safetensors"),
+        load_file(reference / "model" / "model.safetensors"),
+    )
+    assert ours.keys() == wanted.keys()
+    for name_, weight in wanted.items():
+        torch.testing.assert_close(
+            ours[name_], weight, atol=2e-5, rtol=1e-3, msg=lambda m, n=name_: f"{n}: {m}"
+        )
+
+
+def test_training_changed_the_weights(reference: Path, tiny_models: dict[str, Path]) -> None:
+    before = load_file(tiny_models["llava"] / "model.safetensors")
+    after = load_file(reference / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert any("vision_tower" in n for n in changed)
+    assert any("language_model" in n for n in changed)

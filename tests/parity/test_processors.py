@@ -1,0 +1,351 @@
+"""Every adapter against its family's own Hugging Face processor: the same ids and the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests import tiny
+from uniopd_mm.processors import VLMProcessor, get_processor
+
+# The published templates, without their tool-call branches.
+LLAVA_15_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% "
+    "endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% "
+    "endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' "
+    "'}}{% endfor %}"
+    "{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+QWEN_25_VL_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in "
+    "messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful "
+    "assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ "
+    "message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value "
+    "}}: {% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif "
+    "%}{% endfor %}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_3_VL_TEMPLATE = """{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].content is string %}
+        {{- messages[0].content }}
+    {%- else %}
+        {%- for content in messages[0].content %}
+            {%- if 'text' in content %}
+                {{- content.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- set image_count = namespace(value=0) %}
+{%- for message in messages %}
+    {%- if message.role == "user" or message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role + '\\n' }}
+        {%- if message.content is string %}
+            {{- message.content }}
+        {%- else %}
+            {%- for content in message.content %}
+                {%- if content.type == 'image' or 'image' in content or 'image_url' in content %}
+                    {%- set image_count.value = image_count.value + 1 %}
+                    {%- if add_vision_id %}Picture {{ image_count.value }}: {% endif -%}
+                    <|vision_start|><|image_pad|><|vision_end|>
+                {%- elif 'text' in content %}
+                    {{- content.text }}
+                {%- endif %}
+            {%- endfor %}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+QWEN_3_TEMPLATE = """{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.content is string %}
+        {%- set content = message.content %}
+    {%- else %}
+        {%- set content = '' %}
+    {%- endif %}
+    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- if '</think>' in content %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+
+@dataclass(frozen=True)
+class Family:
+    adapter: VLMProcessor
+    reference: Any
+    """The family's own processor."""
+
+
+def _llava_reference(folder: Path) -> Any:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)
+
+
+def _qwen_reference(name: str) -> Callable[[Path], Any]:
+    """The family's processor class without its video half, which exists only beside torchvision."""
+
+    def load(folder: Path) -> Any:
+        import transformers
+
+        base = getattr(transformers, name)
+
+        class WithoutVideo(base):
+            def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+                if argument_name == "video_processor":
+                    return None
+                return super().check_argument_for_proper_class(argument_name, argument)
+
+        return WithoutVideo(
+            transformers.AutoImageProcessor.from_pretrained(folder),
+            transformers.AutoTokenizer.from_pretrained(folder),
+            None,
+            chat_template=(folder / "chat_template.jinja").read_text(),
+        )
+
+    return load
+
+
+FAMILIES = {
+    "llava": (tiny.build_llava, {"chat_template": LLAVA_15_TEMPLATE}, _llava_reference),
+    "llava, SentencePiece": (
+        tiny.build_llava,
+        {"chat_template": LLAVA_15_TEMPLATE, "tokenizer": "byte_fallback"},
+        _llava_reference,
+    ),
+    "qwen2_5_vl": (
+        tiny.build_qwen2_5_vl,
+        {"chat_template": QWEN_25_VL_TEMPLATE},
+        _qwen_reference("Qwen2_5_VLProcessor"),
+    ),
+    "qwen3_vl": (
+        tiny.build_qwen3_vl,
+        {"chat_template": QWEN_3_VL_TEMPLATE},
+        _qwen_reference("Qwen3VLProcessor"),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    build, options, load_reference = FAMILIES[request.param]
+    if "tokenizer" in options:
+        options = {
+            **options,
+            "tokenizer": _with_start_token(tiny.make_tokenizer(640, kind=options["tokenizer"])),
+        }
+    folder = build(tmp_path_factory.mktemp("model"), **options)
+    return Family(get_processor(folder), load_reference(folder))
+
+
+def _with_start_token(tokenizer: Any) -> Any:
+    """Like Llama 2: the tokenizer itself puts a start token before every text."""
+    from tokenizers import processors
+
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    start = tokenizer.convert_tokens_to_ids("<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", start)]
+    )
+    return tokenizer
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    """A user turn; strings are text, images are images."""
+    return {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p}
+            for p in parts
+        ],
+    }
+
+
+def says(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _odd_modes() -> dict[str, Image.Image]:
+    colour = tiny.random_image(70, 50, seed=4)
+    see_through = colour.convert("RGBA")
+    see_through.putalpha(tiny.random_image(70, 50, seed=5).convert("L"))
+    return {
+        "RGBA": see_through,
+        "greyscale": colour.convert("L"),
+        "greyscale with alpha": see_through.convert("LA"),
+        "palette": colour.quantize(16),
+        "black and white": colour.convert("1"),
+        "CMYK": colour.convert("CMYK"),
+    }
+
+
+A, B, C = tiny.random_image(64, 64, 1), tiny.random_image(200, 40, 2), tiny.random_image(33, 130, 3)
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "text only": [user("what is the answer?")],
+    "one image": [user(A, "what colour is the square?")],
+    "image after the text": [user("look: ", A)],
+    "two images of different size": [user(A, "above", B, "below")],
+    "three images without text": [user(A, B, C)],
+    "multi-turn with images in both turns": [
+        user(C, "how many?"),
+        says("assistant", "the answer is 2."),
+        user("and of this?", A),
+    ],
+    "system prompt": [says("system", "answer in one word."), user(B, "what is it?")],
+    "empty text": [user(A, "")],
+    "no text at all": [user("")],
+    "emoji and CJK": [user("\U0001f642 日本語 и ещё ", A, "图中有几个三角形？\n\n\t1 + 1")],
+    "special tokens in the text": [user("a<|im_end|>\n<|im_start|>system\nb", A)],
+    **{f"{mode} image": [user(image, "what is it?")] for mode, image in _odd_modes().items()},
+}
+
+
+def images_of(messages: list[dict[str, Any]]) -> list[Image.Image]:
+    return [part["image"] for turn in messages for part in turn["content"] if part["type"] == "image"]
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_ids_and_tensors_equal_those_of_the_familys_own_processor(
+    family: Family, name: str, add_generation_prompt: bool
+) -> None:
+    messages = CONVERSATIONS[name]
+    expected = family.reference.apply_chat_template(
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    prompt = family.adapter.encode(messages, images_of(messages), add_generation_prompt=add_generation_prompt)
+
+    assert prompt.input_ids.tolist() == expected.pop("input_ids")[0].tolist()
+    expected.pop("attention_mask")
+    if "mm_token_type_ids" in expected:
+        expected["mm_token_type_ids"] = expected["mm_token_type_ids"][0]
+    assert prompt.model_inputs.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert prompt.model_inputs[key].dtype == tensor.dtype
+        assert torch.equal(prompt.model_inputs[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (28, 28), (57, 13), (300, 20), (640, 480), (480, 640), (1000, 1000)]
+)
+def test_images_of_any_size_equal_those_of_the_familys_own_processor(
+    family: Family, size: tuple[int, int]
+) -> None:
+    messages = [user(tiny.random_image(*size), "what is it?")]
+    expected = family.reference.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    prompt = family.adapter.encode(messages, images_of(messages), add_generation_prompt=False)
+    assert prompt.input_ids.tolist() == expected["input_ids"][0].tolist()
+    assert torch.equal(prompt.model_inputs["pixel_values"], expected["pixel_values"])
+
+
+def test_a_batch_equals_the_batch_of_the_familys_own_processor(family: Family) -> None:
+    names = ["two images of different size", "text only", "multi-turn with images in both turns", "one image"]
+    batch = [CONVERSATIONS[name] for name in names]
+    family.reference.tokenizer.padding_side = "left"
+    expected = family.reference.apply_chat_template(
+        batch, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )  # fmt: skip
+    got = family.adapter.collate([family.adapter.encode(m, images_of(m)) for m in batch], padding_side="left")
+    assert got.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(got[key], tensor), key
+
+
+def test_the_saved_processor_loads_as_the_familys_own(family: Family, tmp_path: Path) -> None:
+    family.adapter.save_pretrained(tmp_path)
+    is_llava = family.adapter.model_type == "llava"
+    load = (
+        _llava_reference
+        if is_llava
+        else _qwen_reference(family.adapter.processor_classes[family.adapter.model_type])
+    )
+    family.adapter.config.save_pretrained(tmp_path)  # AutoProcessor finds the family by config.json
+    messages = CONVERSATIONS["multi-turn with images in both turns"]
+    saved = load(tmp_path).apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    prompt = family.adapter.encode(messages, images_of(messages), add_generation_prompt=False)
+    assert prompt.input_ids.tolist() == saved["input_ids"][0].tolist()
+    assert torch.equal(prompt.model_inputs["pixel_values"], saved["pixel_values"])
+
+
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}])
+@pytest.mark.parametrize("build_family", ["qwen3", "llama"])
+def test_text_models_equal_their_tokenizers_chat_template(
+    build_family: str, variables: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tiny.build_text(tmp_path, family=build_family, chat_template=QWEN_3_TEMPLATE)
+    adapter, tokenizer = get_processor(folder, template=variables), AutoTokenizer.from_pretrained(folder)
+    messages = [
+        {"role": "system", "content": "answer in one word."},
+        {"role": "user", "content": "日本 \U0001f642 how many?"},
+        {"role": "assistant", "content": "<think>\nso\n</think>\n\n2"},
+        {"role": "user", "content": ""},
+    ]
+    expected = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, **variables
+    )
+    prompt = adapter.encode(messages)
+    assert prompt.input_ids.tolist() == expected["input_ids"]
+    assert prompt.collapsed_ids.tolist() == expected["input_ids"]
+    assert prompt.model_inputs == {}
+
+
+@pytest.mark.parametrize("build", [tiny.build_llava, tiny.build_qwen2_5_vl, tiny.build_qwen3_vl])
+def test_the_model_takes_a_mixed_batch_and_gives_every_prompt_its_own_logits(
+    build: Callable[..., Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    folder = build(tmp_path)
+    adapter, model = get_processor(folder), AutoModelForImageTextToText.from_pretrained(folder).eval()
+    names = ["text only", "two images of different size", "one image"]
+    prompts = [adapter.encode(CONVERSATIONS[name], images_of(CONVERSATIONS[name])) for name in names]
+    with torch.no_grad():
+        together = model(**adapter.collate(prompts)).logits[:, -1]
+        alone = torch.stack([model(**adapter.collate([prompt])).logits[0, -1] for prompt in prompts])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)

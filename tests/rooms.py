@@ -1,0 +1,69 @@
+"""Helpers for tests that go through several rooms: prompts with pictures, loaded models, plain reference code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import tiny
+import torch
+
+from uniopd_mm.config import ModelConfig, SamplingConfig, TeacherConfig
+from uniopd_mm.engines import LocalEngine, encode_groups
+from uniopd_mm.models import MultimodalLM, load_model
+from uniopd_mm.rollout import Group, Prompt, map_rollouts
+from uniopd_mm.teachers import LocalTeacher
+
+CPU = torch.device("cpu")
+
+
+def load(folder: Path, shared_prefix: bool = True) -> MultimodalLM:
+    return load_model(ModelConfig(model=str(folder), dtype="float32"), CPU, shared_prefix=shared_prefix)
+
+
+def make_prompt(n_images: int, seed: int = 0, domain: str = "default") -> Prompt:
+    content = [{"type": "image"}] * n_images + [
+        {"type": "text", "text": f"what is shown? {seed} " + "red " * seed}
+    ]
+    return Prompt(
+        id=f"p{seed}",
+        messages=({"role": "user", "content": content},),
+        images=tuple(tiny.random_image(60 + 20 * seed, 90, seed + i) for i in range(n_images)),
+        image_text=tuple(f"picture {i}" for i in range(n_images)) or None,
+        answer="7",
+        domain=domain,
+    )
+
+
+def make_groups(model: MultimodalLM, n_images: tuple[int, ...]) -> list[Group]:
+    prompts = [make_prompt(n, seed) for seed, n in enumerate(n_images)]
+    return encode_groups([(i, p, p.images) for i, p in enumerate(prompts)], model.processor)
+
+
+def sample(
+    model: MultimodalLM, groups: list[Group], n: int = 3, seed: int = 0, **sampling: object
+) -> list[Group]:
+    settings = SamplingConfig(**{"max_new_tokens": 10, **sampling})
+    sampled = LocalEngine(model).sample(groups, n, settings, (seed,))
+    return [map_rollouts(g, lambda r: replace(r, student_logprobs=r.sampler_logprobs)) for g in sampled]
+
+
+def make_teacher(
+    model: MultimodalLM, student: MultimodalLM, name: str = "t", **settings: object
+) -> LocalTeacher:
+    return LocalTeacher(name, TeacherConfig(model="unused", **settings), model, student.processor)
+
+
+def plain_logprobs(model: MultimodalLM, group: Group, response_ids: torch.Tensor) -> torch.Tensor:
+    """[T] log p of a response by one unpadded forward pass of the stock model: obviously right, slow."""
+    inputs = model.collate([group.encoded])
+    n_prompt = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], response_ids[None]], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        zeros = torch.zeros_like(response_ids[None])
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], zeros], dim=1)
+    if hasattr(model.transformer.base_model, "rope_deltas"):
+        model.transformer.base_model.rope_deltas = None  # state that an earlier generate() leaves behind
+    logits = model.transformer(**inputs, use_cache=False).logits[0, n_prompt - 1 : -1].float()
+    return logits.log_softmax(-1).gather(-1, response_ids[:, None])[:, 0]

@@ -1,0 +1,644 @@
+"""What an adapter promises beyond parity with Hugging Face: counts, spans, markers, errors, tokens,
+lightness."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests import tiny
+from uniopd_mm.processors import (
+    EncodedPrompt,
+    ProcessorError,
+    VLMProcessor,
+    get_processor,
+    register_processor,
+)
+from uniopd_mm.processors.images import to_rgb
+from uniopd_mm.processors.llava import LlavaAdapter
+from uniopd_mm.processors.qwen_vl import QwenVLAdapter
+
+ROOT = Path(__file__).parents[2]
+VISION = {
+    "llava": tiny.build_llava,
+    "qwen2_5_vl": tiny.build_qwen2_5_vl,
+    "qwen3_vl": tiny.build_qwen3_vl,
+}
+STRINGS_ONLY = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n{% endfor %}"
+)
+# Hypothesis runs one test many times; the adapters it shares between runs keep no state.
+examples = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        **{name: build(root / name) for name, build in VISION.items()},
+        "text": tiny.build_text(root / "text"),
+        "sentencepiece": tiny.build_text(
+            root / "sentencepiece", family="llama", tokenizer=tiny.make_tokenizer(640, kind="byte_fallback")
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def adapters(folders: dict[str, Path]) -> dict[str, VLMProcessor]:
+    return {name: get_processor(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(params=VISION)
+def seeing(request: pytest.FixtureRequest, adapters: dict[str, VLMProcessor]) -> VLMProcessor:
+    return adapters[request.param]
+
+
+def user(*parts: str | None) -> list[dict[str, Any]]:
+    """One user turn; None is an image."""
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts],
+        }
+    ]
+
+
+A, B = tiny.random_image(90, 60, 1), tiny.random_image(40, 130, 2)
+
+
+# ---- counts and spans
+
+
+@examples
+@given(width=st.integers(1, 400), height=st.integers(1, 400))
+def test_expected_image_tokens_is_what_encode_gives(seeing: VLMProcessor, width: int, height: int) -> None:
+    assume(max(width, height) / min(width, height) <= 200)
+    prompt = seeing.encode(user(None), [Image.new("RGB", (width, height))])
+    (start, end), *_ = prompt.image_spans
+    assert end - start == seeing.expected_image_tokens(height, width)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_pixel_bounds_are_those_asked_for(folders: dict[str, Path], name: str) -> None:
+    side = 28 if name == "qwen2_5_vl" else 32
+    square = side * side
+    small = get_processor(folders[name], min_pixels=4 * square, max_pixels=6 * square)
+    large = get_processor(folders[name], min_pixels=50 * square, max_pixels=60 * square)
+    for adapter, (least, most) in ((small, (4, 6)), (large, (50, 60))):
+        for size in ((20, 20), (300, 300), (200, 300)):
+            assert least <= adapter.expected_image_tokens(*size) <= most
+            prompt = adapter.encode(user(None), [Image.new("RGB", size[::-1])])
+            assert int((prompt.input_ids == adapter.image_token_id).sum()) == adapter.expected_image_tokens(
+                *size
+            )
+    with pytest.raises(ProcessorError, match="Set both"):
+        get_processor(folders[name], min_pixels=50 * square, max_pixels=10)
+
+
+@pytest.mark.parametrize("name", ["llava", "text"])
+def test_pixel_bounds_that_would_do_nothing_are_an_error(folders: dict[str, Path], name: str) -> None:
+    with pytest.raises(ProcessorError, match="max_pixels"):
+        get_processor(folders[name], max_pixels=1000)
+
+
+def test_spans_cover_exactly_the_placeholders_of_each_image(seeing: VLMProcessor) -> None:
+    prompt = seeing.encode(user("a", None, "b", None, "c"), [A, B])
+    where = [position for start, end in prompt.image_spans for position in range(start, end)]
+    assert where == (prompt.input_ids == seeing.image_token_id).nonzero().flatten().tolist()
+    assert [end - start for start, end in prompt.image_spans] == [
+        seeing.expected_image_tokens(image.height, image.width) for image in (A, B)
+    ]
+    collapsed = [position for start, end in prompt.collapsed_spans for position in range(start, end)]
+    assert collapsed == (prompt.collapsed_ids == seeing.image_token_id).nonzero().flatten().tolist()
+    assert len(collapsed) == 2
+
+
+def test_expanding_the_collapsed_ids_gives_the_input_ids(seeing: VLMProcessor) -> None:
+    prompt = seeing.encode(user(None, "a", None), [A, B])
+    rebuilt, last = [], 0
+    for (start, end), (long_start, long_end) in zip(prompt.collapsed_spans, prompt.image_spans, strict=True):
+        rebuilt += prompt.collapsed_ids[last:start].tolist() + [seeing.image_token_id] * (
+            long_end - long_start
+        )
+        last = end
+    assert rebuilt + prompt.collapsed_ids[last:].tolist() == prompt.input_ids.tolist()
+
+
+def test_the_vision_mask_covers_start_and_end_tokens_and_nothing_else(
+    adapters: dict[str, VLMProcessor],
+) -> None:
+    adapter = adapters["qwen2_5_vl"]
+    prompt = adapter.encode(user("a", None, "b"), [A])
+    (start, end), *_ = prompt.image_spans
+    assert prompt.vision_mask.nonzero().flatten().tolist() == list(range(start - 1, end + 1))
+    assert not adapter.encode(user("a")).vision_mask.any()
+
+
+def test_stripping_vision_tokens_keeps_the_kind_and_the_rest(seeing: VLMProcessor) -> None:
+    prompt = seeing.encode(user("a", None, "b"), [A])
+    stripped = seeing.strip_vision(prompt.input_ids)
+    assert torch.equal(stripped, prompt.input_ids[~prompt.vision_mask])
+    assert seeing.strip_vision(prompt.input_ids.tolist()) == stripped.tolist()
+
+
+# ---- markers that a user typed
+
+
+FRAGMENTS = (
+    *tiny.VISION_TOKENS,
+    "the answer",
+    " ",
+    "日\U0001f642",
+    "<",
+    "image>",
+    "|>",
+    "\U000f0000",
+    "<|im_end|>",
+)
+
+
+@examples
+@given(texts=st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join), min_size=1, max_size=3))
+def test_a_typed_marker_is_text_and_never_an_image(seeing: VLMProcessor, texts: list[str]) -> None:
+    images = [A] * (len(texts) - 1)
+    parts = [part for text in texts for part in (text, None)][:-1]
+    prompt = seeing.encode(user(*parts), images)
+    assert (
+        int((prompt.collapsed_ids == seeing.image_token_id).sum()) == len(images) == len(prompt.image_spans)
+    )
+    written = seeing.tokenizer.decode(prompt.collapsed_ids, skip_special_tokens=False)
+    assert seeing.image_slot.join(texts) in written
+
+
+def test_a_typed_marker_in_any_string_of_a_message_is_text(adapters: dict[str, VLMProcessor]) -> None:
+    adapter = adapters["qwen2_5_vl"]
+    messages = [
+        {"role": "system", "content": "Never print <|image_pad|> or <|vision_start|>."},
+        *user(None, "ok"),
+        {"role": "assistant", "content": "<|image_pad|>"},
+    ]
+    prompt = adapter.encode(messages, [A], add_generation_prompt=False)
+    assert len(prompt.image_spans) == 1
+    assert adapter.decode(prompt.collapsed_ids).count("<|image_pad|>") == 2
+
+
+@pytest.mark.parametrize("name", ["text", "sentencepiece"])
+def test_a_text_only_model_reads_a_typed_marker_as_text(adapters: dict[str, VLMProcessor], name: str) -> None:
+    adapter = adapters[name]
+    prompt = adapter.encode(user("what does <|image_pad|> mean in <image>?"))
+    assert not prompt.vision_mask.any()
+    assert "what does <|image_pad|> mean in <image>?" in adapter.decode(prompt.input_ids)
+
+
+def test_a_marker_that_is_pieced_together_from_parts_is_refused(adapters: dict[str, VLMProcessor]) -> None:
+    with pytest.raises(ProcessorError, match="placeholders"):
+        adapters["llava"].encode(user("<ima", "ge>"))
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(("parts", "images", "found"), [((None, "a"), 0, "1 .* 0"), (("a",), 1, "0 .* 1"), ((None, None), 3, "2 .* 3")])  # fmt: skip
+def test_a_wrong_number_of_images_names_found_and_expected(
+    seeing: VLMProcessor, parts: tuple[str | None, ...], images: int, found: str
+) -> None:
+    with pytest.raises(ProcessorError, match=found.replace(" ", ".*")):
+        seeing.encode(user(*parts), [A] * images)
+
+
+def test_a_placeholder_typed_instead_of_an_image_part_is_pointed_out(
+    adapters: dict[str, VLMProcessor],
+) -> None:
+    with pytest.raises(ProcessorError, match="'<image>' typed in a text is only text"):
+        adapters["llava"].encode(user("<image>\nwhat is it?"), [A])
+
+
+def _truncated() -> Image.Image:
+    data = BytesIO()
+    tiny.random_image(200, 200).save(data, "PNG")
+    return Image.open(BytesIO(data.getvalue()[:400]))
+
+
+@pytest.mark.parametrize("bad", ["picture.png", None, b"\x89PNG", 3, "truncated"])
+def test_a_bad_image_is_an_error_that_says_which(seeing: VLMProcessor, bad: Any) -> None:
+    with pytest.raises(ProcessorError, match="Image 2 of 2"):
+        seeing.encode(user(None, None), [A, _truncated() if bad == "truncated" else bad])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_an_image_too_narrow_for_the_family_is_an_error(adapters: dict[str, VLMProcessor], name: str) -> None:
+    with pytest.raises(ProcessorError, match="1000 x 2"):
+        adapters[name].encode(user(None), [Image.new("RGB", (1000, 2))])
+    with pytest.raises(ProcessorError, match="1000 x 2"):
+        adapters[name].expected_image_tokens(2, 1000)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], "hi", [{"content": "no role"}], [{"role": "user", "content": 3}], user("a") + ["b"],
+     [{"role": "user", "content": [{"type": "video"}]}], [{"role": "user", "content": [{"type": "text"}]}]],
+)  # fmt: skip
+def test_malformed_messages_are_errors(seeing: VLMProcessor, messages: Any) -> None:
+    with pytest.raises(ProcessorError, match=r"expected"):
+        seeing.encode(messages)
+
+
+def test_a_text_only_model_refuses_images_and_says_what_to_do(adapters: dict[str, VLMProcessor]) -> None:
+    with pytest.raises(ProcessorError, match="text_view"):
+        adapters["text"].encode(user(None, "a"), [A])
+    assert not adapters["text"].sees_images
+    with pytest.raises(ProcessorError, match="text-only"):
+        adapters["text"].expected_image_tokens(10, 10)
+
+
+def test_a_tokenizer_without_chat_template_still_decodes_and_says_what_is_missing(tmp_path: Path) -> None:
+    adapter = get_processor(tiny.build_text(tmp_path, chat_template=None))
+    assert adapter.decode(adapter.tokenizer.encode("the answer")) == "the answer"
+    assert adapter.stop_token_ids() == [adapter.tokenizer.eos_token_id]
+    with pytest.raises(ProcessorError, match=r"chat_template\.jinja"):
+        adapter.encode(user("a"))
+
+
+def test_a_template_that_refuses_the_messages_is_an_error_with_its_words(tmp_path: Path) -> None:
+    adapter = get_processor(
+        tiny.build_text(tmp_path, chat_template="{{ raise_exception('no system turns, please') }}")
+    )
+    with pytest.raises(ProcessorError, match=r"roles: system, user\).*no system turns, please"):
+        adapter.encode([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+def test_a_config_whose_placeholder_is_no_added_token_is_an_error(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for source in folders["llava"].iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "image_token_index": 300}))
+    with pytest.raises(ProcessorError, match="image_token_id is 300"):
+        get_processor(tmp_path)
+
+
+def test_a_broken_torchvision_is_named_with_the_way_out(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(ProcessorError, match=r"nms does not exist.*pip uninstall torchvision"):
+        get_processor(folders["llava"])
+    assert get_processor(folders["text"]).encode(user("a")).input_ids.numel()
+
+
+# ---- templates differ in the content they take
+
+
+def test_text_reaches_templates_that_take_strings_only(tmp_path: Path) -> None:
+    adapter = get_processor(tiny.build_text(tmp_path, chat_template=STRINGS_ONLY))
+    as_parts = adapter.encode(user("the ", "answer"))
+    as_string = adapter.encode([{"role": "user", "content": "the answer"}])
+    assert as_parts.input_ids.tolist() == as_string.input_ids.tolist()
+    assert "the answer" in adapter.decode(as_parts.input_ids)
+
+
+@pytest.mark.parametrize("build", VISION.values())
+def test_images_reach_templates_of_text_models(build: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = get_processor(build(tmp_path, chat_template=STRINGS_ONLY))
+    prompt = adapter.encode(user(None, "what is <image>?"), [A])
+    assert len(prompt.image_spans) == 1
+    assert adapter.tokenizer.decode(prompt.collapsed_ids) == (
+        f"<|im_start|>user\n{adapter.image_slot}what is <image>?<|im_end|>\n"
+    )
+
+
+def test_strings_reach_templates_that_take_parts_only(tmp_path: Path) -> None:
+    parts_only = (
+        "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] | selectattr('type', 'equalto', "
+        "'image') %}<image>\n"
+        "{% endfor %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }} {% "
+        "endfor %}{% endfor %}"
+    )
+    adapter = get_processor(tiny.build_llava(tmp_path, chat_template=parts_only))
+    prompt = adapter.encode([{"role": "system", "content": "be brief"}, *user(None, "what?")], [A])
+    assert adapter.tokenizer.decode(prompt.collapsed_ids) == "system: be brief user: <image>\nwhat? "
+
+
+def test_template_variables_reach_the_template(folders: dict[str, Path]) -> None:
+    plain, no_think = (
+        get_processor(folders["text"]),
+        get_processor(folders["text"], template={"enable_thinking": False}),
+    )
+    difference = no_think.decode(no_think.encode(user("a")).input_ids).removeprefix(
+        plain.decode(plain.encode(user("a")).input_ids)
+    )
+    assert difference == "<think>\n\n</think>\n\n"
+
+
+def test_openai_style_image_parts_are_images(adapters: dict[str, VLMProcessor]) -> None:
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}
+    assert len(adapters["llava"].encode([message], [A]).image_spans) == 1
+
+
+# ---- the text view
+
+
+def test_the_text_view_puts_each_description_where_its_image_was(adapters: dict[str, VLMProcessor]) -> None:
+    messages = user("Compare", None, "with", None, "Which is larger?")
+    view = adapters["llava"].text_view(messages, ["a red square", "a blue circle"])
+    text = "".join(part["text"] for part in view[0]["content"])
+    assert text == "Compare\na red square\nwith\na blue circle\nWhich is larger?"
+    assert messages == user("Compare", None, "with", None, "Which is larger?"), (
+        "the messages passed in are not changed"
+    )
+    assert adapters["text"].encode(view).input_ids.numel()
+
+
+def test_an_empty_description_drops_the_image_without_a_trace(adapters: dict[str, VLMProcessor]) -> None:
+    view = adapters["llava"].text_view(user(None, "What is 1 + 1?"), [""])
+    assert view == user("What is 1 + 1?")
+
+
+@pytest.mark.parametrize("texts", [[], ["a", "b"], "a"])
+def test_the_text_view_needs_one_text_per_image(adapters: dict[str, VLMProcessor], texts: Any) -> None:
+    with pytest.raises(ProcessorError, match="one text per image"):
+        adapters["llava"].text_view(user(None), texts)
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_may_mix_none_one_and_several_images_and_repeat_a_prompt(
+    seeing: VLMProcessor, side: Any
+) -> None:
+    none, one, two = (
+        seeing.encode(user("how many shapes?")),
+        seeing.encode(user(None), [A]),
+        seeing.encode(user(None, None, "?"), [A, B]),
+    )
+    prompts = [one, none, two, one]
+    batch = seeing.collate(prompts, padding_side=side)
+    assert torch.equal(
+        batch["pixel_values"], torch.cat([p.model_inputs["pixel_values"] for p in prompts if p is not none])
+    )
+    for row, prompt in enumerate(prompts):
+        real = batch["attention_mask"][row].bool()
+        assert batch["input_ids"][row][real].tolist() == prompt.input_ids.tolist()
+        assert real[-1 if side == "left" else 0] and int(real.sum()) == len(prompt.input_ids)
+        assert (batch["input_ids"][row][~real] == seeing.pad_token_id).all()
+        for name in seeing.token_inputs:
+            assert batch[name][row][real].tolist() == prompt.model_inputs[name].tolist()
+            assert not batch[name][row][~real].any()
+
+
+def test_a_batch_without_images_has_no_vision_tensor(seeing: VLMProcessor) -> None:
+    batch = seeing.collate([seeing.encode(user("a")), seeing.encode(user("the answer"))])
+    assert batch.keys() == {"input_ids", "attention_mask", *seeing.token_inputs}
+
+
+def test_bad_batches_are_errors(adapters: dict[str, VLMProcessor]) -> None:
+    with pytest.raises(ProcessorError, match="no prompts"):
+        adapters["llava"].collate([])
+    with pytest.raises(ProcessorError, match="middle"):
+        adapters["llava"].collate([adapters["llava"].encode(user("a"))], padding_side="middle")  # type: ignore[arg-type]
+
+
+# ---- tokens
+
+
+@pytest.mark.parametrize("name", [*VISION, "text", "sentencepiece"])
+def test_every_vision_token_of_the_vocabulary_is_suppressed_also_in_text_models(
+    adapters: dict[str, VLMProcessor], name: str
+) -> None:
+    adapter = adapters[name]
+    wanted = set(adapter.tokenizer.convert_tokens_to_ids(list(tiny.VISION_TOKENS)))
+    assert adapter.vision_token_ids() == wanted
+    assert adapter.suppress_token_ids() == sorted(wanted)
+
+
+def _with_stops(folder: Path, build: Callable[..., Path], stops: Any, **options: Any) -> VLMProcessor:
+    build(folder, **options)
+    if stops is None:
+        (folder / "generation_config.json").unlink()
+    else:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    return get_processor(folder)
+
+
+def test_stop_tokens_are_those_of_the_generation_config_with_the_end_of_turn_first(tmp_path: Path) -> None:
+    end_of_text, end_of_turn = 0, 2  # <|endoftext|>, <|im_end|>
+    assert _with_stops(tmp_path, tiny.build_text, [end_of_text, end_of_turn]).stop_token_ids() == [
+        end_of_turn,
+        end_of_text,
+    ]
+
+
+def test_a_stop_token_only_the_template_knows_comes_first(tmp_path: Path) -> None:
+    """A base model's generation_config lists only the end of text, but its template ends turns with
+    <|im_end|>."""
+    assert _with_stops(tmp_path, tiny.build_llava, 0).stop_token_ids() == [2, 0]
+
+
+def test_without_a_generation_config_the_tokenizers_stop_token_counts(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}\n{% endfor %}"
+    assert _with_stops(tmp_path, tiny.build_text, None, chat_template=template).stop_token_ids() == [2]
+
+
+def test_a_missing_pad_token_falls_back_to_the_stop_token(tmp_path: Path) -> None:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.pad_token = None
+    adapter = get_processor(tiny.build_text(tmp_path, tokenizer=tokenizer))
+    assert adapter.pad_token_id == adapter.tokenizer.eos_token_id
+    batch = adapter.collate([adapter.encode(user("a")), adapter.encode(user("a b c"))])
+    assert batch["attention_mask"].sum(-1).tolist() == [
+        len(adapter.encode(user(text)).input_ids) for text in ("a", "a b c")
+    ]
+
+
+@examples
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["text", "sentencepiece"])
+def test_token_strings_joined_are_the_decoded_whole(
+    adapters: dict[str, VLMProcessor], name: str, data: st.DataObject
+) -> None:
+    adapter = adapters[name]
+    ids = data.draw(st.lists(st.integers(0, len(adapter.tokenizer) - 1), max_size=24))
+    texts = adapter.decode_tokens(torch.tensor(ids, dtype=torch.int64))
+    assert len(texts) == len(ids)
+    assert "".join(texts) == adapter.tokenizer.decode(
+        ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+
+
+@pytest.mark.parametrize("name", ["text", "sentencepiece"])
+def test_a_character_of_several_tokens_belongs_to_the_last_of_them(
+    adapters: dict[str, VLMProcessor], name: str
+) -> None:
+    adapter = adapters[name]
+    ids = adapter.tokenizer.encode("the 图\U0001f642.", add_special_tokens=False)
+    texts = adapter.decode_tokens(ids)
+    assert "".join(texts) == "the 图\U0001f642."
+    assert "\ufffd" not in texts
+    assert texts[-8:] == ["", "", "图", "", "", "", "\U0001f642", "."]
+    assert "\ufffd" in "".join(adapter.decode_tokens(ids[:-2])), "a character that is cut off shows as U+FFFD"
+
+
+def test_token_strings_of_an_unknown_kind_of_tokenizer_are_exact_too() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from uniopd_mm.processors.tokens import split_decode
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "two": 1, "words": 2}, unk_token="<unk>"))
+    assert split_decode(PreTrainedTokenizerFast(tokenizer_object=words), [1, 2, 1]) == [
+        "two",
+        " words",
+        " two",
+    ]
+
+
+def test_decode_leaves_out_special_tokens(adapters: dict[str, VLMProcessor]) -> None:
+    ids = adapters["text"].tokenizer.encode("the answer<|im_end|>")
+    assert adapters["text"].decode(torch.tensor(ids)) == "the answer"
+
+
+# ---- images
+
+
+def test_images_are_turned_upright_by_their_exif_tag() -> None:
+    image = tiny.random_image(40, 20)
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was held on its side
+    data = BytesIO()
+    image.save(data, "JPEG", exif=exif)
+    assert to_rgb(Image.open(data)).size == (20, 40)
+
+
+def test_transparency_becomes_white() -> None:
+    assert to_rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_rgb_images_pass_unchanged() -> None:
+    assert to_rgb(A).tobytes() == A.tobytes()
+
+
+# ---- the registry
+
+
+def test_an_unknown_model_type_lists_the_known_ones_and_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    with pytest.raises(
+        ProcessorError, match=r"(?s)'qwen2_vl'.*llava, qwen2_5_vl, qwen3_vl.*nearest is 'qwen2_5_vl'"
+    ):
+        get_processor(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_folder_without_a_model_type_is_an_error(tmp_path: Path, content: str | None) -> None:
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ProcessorError, match="model_type"):
+        get_processor(tmp_path)
+    with pytest.raises(ProcessorError, match="no folder"):
+        get_processor(tmp_path / "missing")
+
+
+def test_the_family_is_read_from_the_config_not_from_the_path(tmp_path: Path) -> None:
+    assert get_processor(tiny.build_qwen3_vl(tmp_path / "llava-1.5-7b")).model_type == "qwen3_vl"
+
+
+def test_third_parties_can_register_and_take_over(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from uniopd_mm.processors import registry
+
+    monkeypatch.setattr(registry, "_registered", {})
+
+    @register_processor("qwen2_vl")
+    class Mine(QwenVLAdapter):
+        pass
+
+    for source in folders["qwen2_5_vl"].iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "qwen2_vl"}))
+    adapter = get_processor(tmp_path)
+    assert type(adapter) is Mine
+    assert isinstance(adapter.encode(user(None), [A]), EncodedPrompt)
+
+    with pytest.raises(ProcessorError, match="replace=True"):
+        register_processor("llava")(Mine)
+    with pytest.raises(ProcessorError, match="subclass"):
+        register_processor("other")(int)  # type: ignore[type-var]
+    taken_over = register_processor("llava", replace=True)(type("Other", (LlavaAdapter,), {}))
+    assert type(get_processor(folders["llava"])) is taken_over
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("name", [*VISION, "text", "sentencepiece"])
+def test_a_saved_processor_encodes_as_before(
+    folders: dict[str, Path], adapters: dict[str, VLMProcessor], name: str, tmp_path: Path
+) -> None:
+    options = {"max_pixels": 8 * 28 * 28} if name.startswith("qwen") else {}
+    adapter = get_processor(folders[name], **options)
+    adapter.save_pretrained(tmp_path)
+    adapter.config.save_pretrained(tmp_path)
+    messages, images = (user(None, "a"), [A]) if adapter.sees_images else (user("a"), [])
+    before, after = adapter.encode(messages, images), get_processor(tmp_path).encode(messages, images)
+    assert after.input_ids.tolist() == before.input_ids.tolist()
+    for key, tensor in before.model_inputs.items():
+        assert torch.equal(after.model_inputs[key], tensor)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_saved_qwen_folder_keeps_its_video_settings(
+    folders: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    get_processor(folders[name]).save_pretrained(tmp_path)
+    file = "video_preprocessor_config.json"
+    assert json.loads((tmp_path / file).read_text()) == json.loads((folders[name] / file).read_text())
+
+
+# ---- lightness
+
+
+def _run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+HEAVY = "[m for m in ('torch', 'transformers', 'deepspeed', 'vllm', 'numpy', 'PIL', 'tokenizers') if m in sys.modules]"
+
+
+def test_importing_the_processors_loads_nothing_heavy() -> None:
+    assert _run(f"import sys, uniopd_mm.processors; print({HEAVY})") == "[]"
+
+
+def test_a_checkout_hands_out_one_set_of_modules_under_both_names() -> None:
+    code = f"""
+import sys
+import processors.llava
+import processors, uniopd_mm.processors, uniopd_mm.processors.llava
+from processors.qwen_vl import QwenVLAdapter as a
+from uniopd_mm.processors.qwen_vl import QwenVLAdapter as b
+from processors import ProcessorError as c
+from uniopd_mm.processors.errors import ProcessorError as d
+same = [processors is uniopd_mm.processors, processors.llava is uniopd_mm.processors.llava, a is b, c is d]
+print(same, {HEAVY})
+"""
+    assert _run(code) == "[True, True, True, True] []"

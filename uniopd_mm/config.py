@@ -1,0 +1,461 @@
+"""Every setting of a run: typed, documented, strict.
+
+A run is one YAML file plus ``a.b=value`` overrides.  Unknown keys, wrong types and impossible combinations are all
+reported at once, with file and line and a suggestion, as one :class:`ConfigError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from uniopd_mm.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """A block of settings; the sentence under each field is its documentation and its ``--help`` text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
+
+
+Stage = Literal["vision", "projector", "language"]
+
+
+class LoraConfig(Settings):
+    rank: int = Field(16, gt=0)
+    """Rank of the adapter matrices."""
+    alpha: float = 32.0
+    """Scale numerator; the update is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter input; 0 keeps the sampler and the trainer the same function."""
+    stages: list[Stage] = ["language"]
+    """Stages whose linear layers get an adapter; the others stay frozen unless `student.freeze` leaves them out."""
+    targets: list[str] | None = None
+    """Names of the linear layers to adapt, e.g. [q_proj, v_proj]; null = every linear layer of the stages."""
+
+
+class ModelConfig(Settings):
+    model: str
+    """Hugging Face folder or hub id."""
+    revision: str | None = None
+    """Hub revision; null = the default branch."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the weights in memory."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """auto = flash_attention_2 where it is installed and there is a GPU, else sdpa."""
+    min_pixels: int | None = None
+    """Smallest image area in pixels after resizing (Qwen families); null = the processor's own."""
+    max_pixels: int | None = None
+    """Largest image area in pixels after resizing (Qwen families); null = the processor's own."""
+    template: dict[str, Any] = {}
+    """Extra variables of the chat template, e.g. {enable_thinking: false}."""
+
+
+class StudentConfig(ModelConfig):
+    freeze: list[Stage] = ["vision"]
+    """Stages that are not trained."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the full weights (needs the `lora` extra)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    shared_prefix: bool = True
+    """Run a group's prompt once and its responses against the cached prefix (exact); false = one full row per rollout."""
+
+
+View = Literal["image", "text", "drop"]
+
+
+class TeacherConfig(ModelConfig):
+    domains: list[str] | None = None
+    """Domains this teacher scores; null = every domain no other teacher names (one such teacher at most)."""
+    view: View | None = None
+    """What it sees of an image: image (the picture), text (`image_text` of the row), drop (nothing).  null = image for
+    a multimodal teacher, text for a text-only one."""
+    allow_blind: bool = False
+    """Needed with view: drop for prompts that have images; a blind teacher can wreck a student."""
+    align: Literal["auto", "span", "exact"] = "auto"
+    """Different vocabularies: span = spread a span's log-probability over its student tokens; exact = only spans of one
+    student token; auto = ids when the vocabularies are equal, else span."""
+
+
+class SourceConfig(Settings):
+    path: str
+    """JSONL, JSON, Parquet, a `datasets` folder or a hub id."""
+    name: str | None = None
+    """Prefix of the sample ids; null = the file's stem."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a `datasets` source."""
+    slice: str | None = None
+    """Rows to take, e.g. "0:1000" or ":10%"; null = all."""
+    weight: float = Field(1.0, ge=0)
+    """Share of this source in an epoch relative to its size: 2 = each row twice, 0.5 = a random half."""
+    domain: str | None = None
+    """Domain of rows that carry none."""
+    verifier: str | None = None
+    """Verifier of rows that carry none."""
+    columns: dict[str, str] = {}
+    """Column renames, ours: theirs, e.g. {answer: label}."""
+    prompt: str | None = None
+    """Template of the user turn for rows without `messages`, e.g. "{question}\\nAnswer with one word."."""
+    image_root: str | None = None
+    """Folder that relative image paths start from; null = the data file's folder."""
+
+
+class DataConfig(Settings):
+    train: str | list[SourceConfig]
+    """A mixture YAML, a data file, or a list of sources."""
+    eval: str | list[SourceConfig] | None = None
+    """Held-out data in the same forms; null = no evaluation."""
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    """Share of rows that may be malformed and are skipped; past it the run stops with the list."""
+    shuffle: bool = True
+    """New seeded order in every epoch."""
+
+
+class SamplingConfig(Settings):
+    temperature: float = Field(1.0, ge=0)
+    """0 = greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus: smallest set of tokens that holds this probability; 1 = off."""
+    top_k: int = Field(0, ge=0)
+    """Keep the k likeliest tokens; 0 = off."""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    """Keep tokens at least this likely relative to the likeliest; 0 = off."""
+    max_new_tokens: int = Field(1024, gt=0)
+    """Longest response, in tokens."""
+    stop_token_ids: list[int] = []
+    """Stop tokens beside the model's own end-of-turn tokens."""
+
+
+class RolloutConfig(SamplingConfig):
+    prompts_per_step: int = Field(32, gt=0)
+    """Prompts (= groups) of one optimizer step, over all ranks."""
+    n: int = Field(8, gt=0)
+    """Rollouts per prompt (group size)."""
+    concurrent_rollouts: int = Field(256, gt=0)
+    """Rollouts decoded together on one rank; bounds the memory of the KV cache."""
+    rescore: Literal["auto", "always", "never"] = "auto"
+    """Score the student again with the trainer's own forward pass before the update; auto = where the sampler's
+    log-probabilities are not the same numbers (bfloat16, temperature different from loss.score_temperature)."""
+
+
+class VerifierConfig(Settings):
+    default: str = "math"
+    """Verifier of rows and domains that name none."""
+    by_domain: dict[str, str] = {}
+    """Verifier of each domain, e.g. {chart: chart, doc: document}."""
+    workers: int = Field(1, gt=0)
+    """Worker processes per rank for verifiers that may hang (math)."""
+    timeout_s: float = Field(3.0, gt=0)
+    """A check that takes longer is killed and its outcome is unknown."""
+    max_unknown_share: float = Field(0.5, ge=0, le=1)
+    """Share of outcomes in one step that may be unknown before the run stops."""
+
+
+class BalanceConfig(Settings):
+    ratio: float | None = Field(1.0, ge=0)
+    """correct : incorrect kept in the update; 0 = only incorrect, .inf = only correct, null = off."""
+    scope: Literal["group", "batch"] = "group"
+    """Balance within each group or over the whole batch."""
+    margin_before_balance: bool = True
+    """Margins are measured on all rollouts, also those balanced out."""
+
+
+class CalibrationConfig(Settings):
+    kind: Literal["none", "shift", "mask", "outcome", "gc", "iw"] = "shift"
+    """shift / mask: margin calibration; outcome: A + c (2R - 1), the control that is only an added reward;
+    gc: GC-OPD, add what the verifier says beyond the teacher; iw: IW-OPD, weigh early tokens more."""
+    margin: Literal["mean", "minmax"] = "mean"
+    """mean = mean correct - mean incorrect return; minmax = worst correct - best incorrect."""
+    scope: Literal["group", "global"] = "group"
+    """Margins per prompt, or over the whole batch on all ranks."""
+    direction: Literal["lift", "lower", "spread"] = "lift"
+    """shift: raise correct rollouts, lower incorrect ones, or half of each."""
+    delta: float = 0.0
+    """Wanted margin, nats per token.  Presets of the paper: text students mean/group/spread/0.4, multimodal
+    students mean/group/lift/0."""
+    mask: Literal["greedy", "group"] = "greedy"
+    """mask: drop single rollouts until the margin holds, or drop groups whose margin does not hold."""
+    min_retain: float = Field(0.25, ge=0, le=1)
+    """mask greedy: share of each class that is never dropped."""
+    outcome_weight: float = 0.2
+    """outcome: the constant c, nats per token."""
+    residual_weight: float = 0.1
+    """gc: weight beta of the difference between the scores of reward and return within the group."""
+    advantage_clip: float = Field(10.0, gt=0)
+    """gc: calibrated advantages are clipped to +- this, nats."""
+    position_weight: float = Field(0.5, ge=0)
+    """iw: the first token weighs 1 + this, later ones less and less, down to 1."""
+
+    @model_validator(mode="after")
+    def _group_mask_needs_groups(self) -> CalibrationConfig:
+        if self.kind == "mask" and self.mask == "group" and self.scope == "global":
+            raise ValueError("mask: group needs scope: group; with scope: global use mask: greedy")
+        return self
+
+
+class LossConfig(Settings):
+    clip_low: float = Field(0.2, ge=0)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(0.28, ge=0)
+    """The ratio is clipped above at 1 + clip_high."""
+    gap_mask: float | None = 10.0
+    """A token whose student and teacher log-probabilities differ by this much or more (nats) has no loss; null = off."""
+    aggregation: Literal["sample_mean", "token_mean"] = "sample_mean"
+    """sample_mean = mean over a rollout's tokens, then over rollouts; token_mean = over all tokens of the batch."""
+    renormalize: bool = False
+    """Divide by the kept rollouts (or tokens) instead of all sampled ones."""
+    score_temperature: float = Field(1.0, gt=0)
+    """Temperature at which student and teacher are scored."""
+    mismatch_cap: float | None = 2.0
+    """Truncated importance weight for a sampler that is not the trainer's own forward pass; null = off."""
+
+
+class OptimConfig(Settings):
+    lr: float = Field(1e-6, gt=0)
+    """Peak learning rate of AdamW."""
+    stage_lr: dict[Stage, float] = {}
+    """Learning rate of single stages, e.g. {projector: 1.0e-5}."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; linear and cosine end at 0."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Global gradient norm is clipped to this."""
+
+
+class DistributedConfig(Settings):
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 0 = plain data parallel, 1 = + sharded optimizer, 2 = + gradients, 3 = + weights."""
+    micro_groups: int = Field(1, gt=0)
+    """Groups (prompts with all their rollouts) in one forward/backward on one rank."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in CPU memory."""
+    timeout_s: float = Field(1800.0, gt=0)
+    """A collective that waits longer fails."""
+
+
+class EvalConfig(Settings):
+    every: int = Field(50, ge=0)
+    """Evaluate every so many steps, and before and after training; 0 = never."""
+    limit: int | None = None
+    """Held-out rows to use; null = all."""
+    n: int = Field(1, gt=0)
+    """Answers per prompt; the score is their mean."""
+    batch: int = Field(64, gt=0)
+    """Prompts answered together on one rank."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    """How answers are sampled; greedy by default."""
+
+
+class CheckpointConfig(Settings):
+    every: int = Field(50, ge=0)
+    """Save every so many steps, and at the end; 0 = only at the end."""
+    keep: int = Field(2, gt=0)
+    """Newest checkpoints kept."""
+
+
+class ReportConfig(Settings):
+    rollouts_every: int = Field(10, ge=0)
+    """Write rollouts/step_*.jsonl every so many steps; 0 = never."""
+    rollouts_per_step: int = Field(16, gt=0)
+    """Rollouts written per step."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Mirrors of metrics.jsonl; each must be installed."""
+
+
+class TrainConfig(Settings):
+    """One training run."""
+
+    out: str
+    """Run folder; the same command continues what it finds there."""
+    seed: int = 0
+    """Seeds data order, sampling and balancing; same seed, data and ranks give the same numbers."""
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    prepare: str | None = None
+    """Command run once before anything is loaded (by the first rank of each node), e.g. to build models or data."""
+    student: StudentConfig
+    teachers: dict[str, TeacherConfig] = Field(min_length=1)
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    verifier: VerifierConfig = VerifierConfig()
+    balance: BalanceConfig = BalanceConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _one_teacher_per_domain(self) -> TrainConfig:
+        owners: dict[str, str] = {}
+        defaults = [name for name, t in self.teachers.items() if t.domains is None]
+        if len(defaults) > 1:
+            raise ValueError(f"teachers {defaults} all lack `domains`; at most one teacher may be the default")
+        for name, teacher in self.teachers.items():
+            for domain in teacher.domains or ():
+                if domain in owners:
+                    raise ValueError(f"domain '{domain}' belongs to two teachers: {owners[domain]} and {name}")
+                owners[domain] = name
+        return self
+
+
+C = TypeVar("C", bound=Settings)
+
+
+def load_config(cls: type[C], recipe: str | Path | None, overrides: Sequence[str] = ()) -> C:
+    """Settings from a YAML file and ``a.b=value`` overrides; all problems at once as :class:`ConfigError`."""
+    values, lines, problems = _read_yaml(recipe) if recipe is not None else ({}, {}, [])
+    for override in overrides:
+        key, sep, text = override.partition("=")
+        if not sep or not key:
+            problems.append(f"'{override}' is not of the form key=value, e.g. optim.lr=1e-5")
+            continue
+        try:
+            _set(values, key.split("."), yaml.safe_load(text))
+        except (yaml.YAMLError, TypeError) as error:
+            problems.append(f"{override}: {' '.join(str(error).split())}")
+        lines[tuple(key.split("."))] = "command line"
+    try:
+        config = cls.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(cls, item, lines) for item in error.errors(include_url=False)]
+    if problems:
+        head = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} with the settings"
+        raise ConfigError("\n  ".join([f"{head} of {recipe}:" if recipe else f"{head}:", *problems]))
+    return config
+
+
+def dump_config(config: Settings) -> str:
+    """The resolved settings as YAML; ``load_config`` reads it back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_diff(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Human-readable differences ``key: old -> new`` of two nested settings dicts."""
+    rows = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            rows += config_diff(a, b, f"{prefix}{key}.")
+        elif a != b:
+            rows.append(f"{prefix}{key}: {a} -> {b}")
+    return rows
+
+
+def describe(cls: type[Settings]) -> str:
+    """All settings with default and meaning, one a line, for ``--help``."""
+    rows = []
+    for key, field in _leaves(cls):
+        default = "(required)" if field.is_required() else f"= {field.default}"
+        rows.append(f"  {key} {default}\n      {' '.join((field.description or '').split())}")
+    return "\n".join(rows)
+
+
+def _read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str], list[str]]:
+    """Values, the place of each key, and duplicate keys as problems."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}. Recipes ship in scripts/recipes/.") from error
+    lines: dict[tuple[str, ...], str] = {}
+    problems: list[str] = []
+
+    def walk(node: yaml.Node, at: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for i, child in enumerate(node.value):
+                walk(child, (*at, str(i)))
+        if isinstance(node, yaml.MappingNode):
+            for key, child in node.value:
+                here = (*at, str(key.value))
+                place = f"{path}:{key.start_mark.line + 1}"
+                if here in lines:
+                    problems.append(f"{place}: '{'.'.join(here)}' is set twice (first at {lines[here]})")
+                lines[here] = place
+                walk(child, here)
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold settings (key: value), found {type(values).__name__}")
+    if root is not None:
+        walk(root, ())
+    return values, lines, problems
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for i, key in enumerate(keys[:-1]):
+        child = values.setdefault(key, {})
+        if child is None:
+            child = values[key] = {}
+        if not isinstance(child, dict):
+            raise TypeError(f"'{'.'.join(keys[: i + 1])}' is a value, not a block of settings")
+        values = child
+    values[keys[-1]] = value
+
+
+def _explain(cls: type[Settings], item: Any, lines: dict[tuple[str, ...], str]) -> str:
+    """One pydantic error as a sentence with its place and, for unknown keys, a suggestion."""
+    loc = tuple(str(part) for part in item["loc"])
+    key = ".".join(loc)
+    place = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), "")
+    where = f"{place}: " if place else ""
+    if item["type"] != "extra_forbidden":
+        found = "" if item["type"] == "missing" else f" (found {item['input']!r})"
+        return f"{where}{key or 'settings'}: {item['msg'].removeprefix('Value error, ')}{found if key else ''}"
+    known = [k for k, _ in _leaves(cls, sections=True)]
+    pattern = _generic(cls, loc)
+    close = difflib.get_close_matches(pattern, known, n=1, cutoff=0.75)
+    if not close:  # right name, wrong block: `lr` for `optim.lr`
+        close = [k for k in known if k.rsplit(".", 1)[-1] == loc[-1]][:1]
+    name = loc[1] if len(loc) > 2 else ""
+    hint = f" Did you mean '{close[0].replace('NAME', name)}'?" if close else " --help lists all settings."
+    return f"{where}Unknown setting '{key}'.{hint}"
+
+
+def _generic(cls: type[Settings], loc: tuple[str, ...]) -> str:
+    """The key with free names (``teachers.math``) replaced by the placeholder that ``_leaves`` uses."""
+    generic = list(loc)
+    if cls is TrainConfig and len(loc) > 2 and loc[0] == "teachers":
+        generic[1] = "NAME"
+    return ".".join(generic)
+
+
+def _leaves(cls: type[Settings], prefix: str = "", sections: bool = False) -> Iterator[tuple[str, Any]]:
+    for name, field in cls.model_fields.items():
+        inner = _settings_in(field.annotation)
+        if inner is None:
+            yield prefix + name, field
+            continue
+        if sections:
+            yield prefix + name, field
+        middle = "NAME." if typing.get_origin(field.annotation) is dict else ""
+        yield from _leaves(inner, f"{prefix}{name}.{middle}", sections)
+
+
+def _settings_in(annotation: Any) -> type[Settings] | None:
+    """The Settings class inside ``X``, ``X | None`` or ``dict[str, X]``; None for plain values."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    if typing.get_origin(annotation) in (dict, typing.Union, types.UnionType):
+        return next((s for a in typing.get_args(annotation) if (s := _settings_in(a))), None)
+    return None

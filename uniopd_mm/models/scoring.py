@@ -1,0 +1,52 @@
+"""Scoring responses in batches of whole groups.
+
+R rollouts, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from uniopd_mm.models.wrapper import MultimodalLM
+from uniopd_mm.rollout import Group
+
+if TYPE_CHECKING:
+    from uniopd_mm.processors import EncodedPrompt
+
+
+def split_groups(groups: list[Group], max_rollouts: int) -> Iterator[list[Group]]:
+    """Consecutive batches of whole groups with at most ``max_rollouts`` rollouts (at least one group)."""
+    batch: list[Group] = []
+    for group in groups:
+        if batch and sum(len(g.rollouts) for g in [*batch, group]) > max_rollouts:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+def response_logprobs(
+    model: MultimodalLM, encoded: list[EncodedPrompt], rows: list[int], responses: list[torch.Tensor], temperature: float
+) -> list[torch.Tensor]:
+    """log p of each response [T] float32 on the CPU; ``rows[r]`` is the prompt of response r."""
+    ids_RT, mask_RT = pad_responses(responses, model.processor.pad_token_id)
+    device = model.device
+    values_RT = model(
+        encoded, torch.tensor(rows, device=device), ids_RT.to(device), mask_RT.to(device), temperature
+    ).cpu()
+    return [values_RT[r, : len(ids)] for r, ids in enumerate(responses)]
+
+
+def pad_responses(responses: list[torch.Tensor], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids [R, T] int64 and mask [R, T] bool."""
+    longest = max(len(ids) for ids in responses)
+    ids_RT = torch.full((len(responses), longest), pad_id, dtype=torch.long)
+    mask_RT = torch.zeros(len(responses), longest, dtype=torch.bool)
+    for r, ids in enumerate(responses):
+        ids_RT[r, : len(ids)] = ids
+        mask_RT[r, : len(ids)] = True
+    return ids_RT, mask_RT

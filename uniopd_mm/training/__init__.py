@@ -1,0 +1,1 @@
+"""The training step, the DeepSpeed engine around the student, checkpoints and resume."""

@@ -1,0 +1,38 @@
+"""One step's numbers from its groups, summed over all ranks."""
+
+from __future__ import annotations
+
+from uniopd_mm.rollout import Group
+from uniopd_mm.training.credit import outcome_code
+from uniopd_mm.training.distributed import World
+
+
+def rollout_metrics(groups: list[Group], world: World) -> dict[str, float]:
+    """Accuracy, gap and lengths, overall and per domain (names as in ``report.METRICS``)."""
+    sums: dict[str, float] = {}
+
+    def add(key: str, value: float, count: float) -> None:
+        sums[key] = sums.get(key, 0.0) + value
+        sums[f"#{key}"] = sums.get(f"#{key}", 0.0) + count
+
+    for group in groups:
+        for rollout in group.rollouts:
+            n, code = len(rollout.response_ids), outcome_code(rollout.outcome)
+            add("rollout/length", n, 1)
+            add("rollout/truncated_share", rollout.finish == "length", 1)
+            add("rollout/kept_share", rollout.kept, 1)
+            add("train/unknown_share", code < 0, 1)
+            add("train/entropy", -float(rollout.sampler_logprobs.sum()), n)
+            mismatch = (rollout.student_logprobs - rollout.sampler_logprobs).abs().sum()
+            add("rollout/mismatch", float(mismatch), n)
+            for key in ("train/accuracy", f"domain/{group.prompt.domain}/accuracy"):
+                add(key, max(code, 0), code >= 0)
+            if rollout.scored is None:
+                continue
+            n_scored = int(rollout.scored.sum())
+            add("rollout/scored_share", n_scored, n)
+            gap = (rollout.teacher_logprobs - rollout.student_logprobs)[rollout.scored] if n_scored else None
+            for key in ("train/gap", f"domain/{group.prompt.domain}/gap"):
+                add(key, float(gap.sum()) if gap is not None else 0.0, n_scored)
+    total = world.sum(sums)
+    return {k: v / total[f"#{k}"] for k, v in total.items() if not k.startswith("#") and total[f"#{k}"]}

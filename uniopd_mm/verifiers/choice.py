@@ -1,0 +1,257 @@
+r"""Multiple choice: one letter, a set of letters, or the text of an option.
+
+``strict`` reads the options out of the prompt, so an answer may name an option by letter or by its text; naming several
+letters where one is asked is wrong.  The ``upstream_…`` profiles give the numbers of the benchmarks' own scorers.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterator, Sequence
+
+from uniopd_mm.rollout import Prompt
+from uniopd_mm.verifiers.base import NO_GOLD, Verifier, gold_answers
+from uniopd_mm.verifiers.exact import normalize
+from uniopd_mm.verifiers.extract import candidates, fold, lone_line, marked, plain, visible
+
+_MAX_CHARS = 500
+_LETTER = r"[(\[{]?\s?([A-Z])\s?[)\]}]?"
+_SINGLE = re.compile(r"[(\[{<]?\s?([A-Za-z])\s?[)\]}>]?\s?[.,:;。]?")
+_SET = re.compile(
+    rf"{_LETTER}[.:]?(?:\s?(?:,|;|/|&|、|\s|and\b|or\b|和|或)\s?(?:and\s|or\s)?{_LETTER}[.:]?){{1,25}}"
+)
+_RUN = re.compile(r"[A-J]{2,10}")
+_LABELLED = re.compile(
+    r"(?:[(\[]\s?([A-Za-z])\s?[)\]]|([A-Z])\s?[)\].:、]|([a-z])[).](?=\s))\s?[.:]?\s?(.*)", re.DOTALL
+)
+_SENTENCE = re.compile(
+    rf"(?:{_LETTER}\s?(?:,|/|&|、|and\b|or\b|和|或)\s?){{0,25}}[(\[]?([A-Z])[)\]]?(?![\w'-])", re.ASCII
+)
+_LEAD = re.compile(r"(?:option|choice|letter|选项)\s?:?\s?", re.IGNORECASE)
+_OPTION_LINE = re.compile(r"^[ \t]{0,8}[(\[]?([A-Z])[)\].:、][ \t]{0,8}(\S[^\n]{0,500})$", re.MULTILINE)
+_OPTION_INLINE = re.compile(r"(?:^|(?<=[\s;,]))\(?([A-Z])[).:]\s?")
+
+
+def options_of(prompt: Prompt) -> dict[str, str]:
+    """Options listed in the prompt, letter -> text: a line each, or inline as in "A. 3; B. 4"."""
+    text = fold(_user_text(prompt))
+    lines = [(m[1], m[2].strip()) for m in _OPTION_LINE.finditer(text)]
+    options = _consecutive(lines)
+    if len(options) >= 2:
+        return options
+    marks = list(_OPTION_INLINE.finditer(text))
+    ends = [m.start() for m in marks[1:]] + [len(text)]
+    return _consecutive(
+        [(m[1], text[m.end() : end].strip(" ;,\n")) for m, end in zip(marks, ends, strict=False)]
+    )
+
+
+def _user_text(prompt: Prompt) -> str:
+    turns = [m.get("content") for m in prompt.messages if m.get("role") == "user"]
+    content = turns[-1] if turns else ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(str(part.get("text", "")) for part in content or () if part.get("type") == "text")
+
+
+def _consecutive(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    """The last run of pairs lettered A, B, C, …; {} if it is shorter than two."""
+    start = max((i for i, (letter, _) in enumerate(pairs) if letter == "A"), default=len(pairs))
+    run = {}
+    for (letter, text), expected in zip(pairs[start:], string.ascii_uppercase, strict=False):
+        if letter != expected:
+            break
+        run[letter] = text
+    return run if len(run) >= 2 else {}
+
+
+def parse_letters(answer: str, options: dict[str, str], in_sentence: bool = False) -> frozenset[str] | None:
+    """The letters an answer names; None = none.  ``in_sentence``: words may follow, as in "C because …"."""
+    answer = _LEAD.sub("", plain(answer[:_MAX_CHARS]), count=1) if answer else ""
+    known = set(options) or set("ABCDEFGH")
+    label = _LABELLED.fullmatch(answer)
+    letter = (label[1] or label[2] or label[3]).upper() if label else ""
+    if label and letter in options and normalize(label[4]) == normalize(options[letter]):
+        return frozenset(letter)
+    if (found := _whole(answer)) and found <= known:
+        return found
+    for option, text in options.items():
+        if normalize(text) == normalize(answer):
+            return frozenset(option)
+    if in_sentence and (match := _SENTENCE.match(answer)):
+        found = frozenset(re.findall(r"(?<![^\W\d_])[A-Z](?![^\W\d_])", match[0]))
+        return found if found <= known else None
+    return frozenset(letter) if letter in known else None
+
+
+def _whole(answer: str) -> frozenset[str] | None:
+    """Letters when the answer is nothing but letters: "(C)", "A, B", "ABD"."""
+    if match := _SINGLE.fullmatch(answer):
+        return frozenset(match[1].upper())
+    if _SET.fullmatch(answer):
+        return frozenset(re.findall(r"(?<![a-z])[A-Z](?![a-z])", answer))
+    if _RUN.fullmatch(answer) and list(answer) == sorted(set(answer)):
+        return frozenset(answer)
+    return None
+
+
+def extract(text: str, options: dict[str, str]) -> frozenset[str] | None:
+    """Letters chosen by a response; None = no choice found."""
+    text = visible(text)
+    sentences = set(marked(text))
+    for candidate in candidates(text):
+        if found := parse_letters(candidate, options, in_sentence=candidate in sentences):
+            return found
+    for line in _lone_lines(text):
+        found = parse_letters(line, options)
+        label = _LABELLED.fullmatch(plain(line))
+        # "A. The heart is wrong because" enumerates; "A. heart" answers.
+        if found and (not label or not label[4] or _names_option(label[4], found, options, text)):
+            return found
+    return None
+
+
+def _lone_lines(text: str) -> Iterator[str]:
+    last = lone_line(text)
+    if last is not None:
+        yield last
+    first = text.lstrip()[: _MAX_CHARS + 1].split("\n", 1)[0]
+    if first != last and len(first) <= _MAX_CHARS:
+        yield first
+
+
+def _names_option(rest: str, letters: frozenset[str], options: dict[str, str], text: str) -> bool:
+    if options:
+        return any(normalize(rest) == normalize(options[letter]) for letter in letters if letter in options)
+    return "\n" not in text.strip()
+
+
+def gold_letters(gold: str, options: dict[str, str]) -> frozenset[str] | None:
+    """Letters of a gold answer, given as letters or as the text of an option."""
+    return parse_letters(fold(gold), options)
+
+
+def score(answer: str, gold: str, profile: str = "strict") -> float:
+    """1 if the answer (letters for ``strict``, the whole response otherwise) is right by the profile, else 0."""
+    if profile == "upstream_ai2d":
+        return float(_ai2d(answer) == _ai2d(gold))
+    if profile == "upstream_visulogic":
+        return float(_visulogic(answer) == gold.strip().upper()[:1])
+    if profile == "upstream_visulogic_vlmevalkit":
+        return float(_visulogic_vlmevalkit(answer) == gold)
+    found, wanted = gold_letters(answer, {}), gold_letters(gold, {})
+    if found is None or wanted is None:
+        return float(normalize(answer) == normalize(gold))
+    return float(found == wanted)
+
+
+def _ai2d(text: str) -> str:
+    """lmms-eval's AI2D: a leading "X." stands for the response; case and ASCII punctuation are dropped, spaces are not."""
+    match = re.match(r"\s*([A-Z])\.", text)
+    return (match[1] if match else text).lower().translate(str.maketrans("", "", string.punctuation))
+
+
+_VISULOGIC = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"<answer>\s*\(?([A-D])\)?\s*</answer>",
+        r"\\boxed\{\s*([A-D])\s*\}",
+        r"answer\s*(?:is|:|-)\s*\(?([A-D])\)?\b",
+        r"option\s*([A-D])\b",
+        r"\(([A-D])\)",
+    )
+]
+
+
+def _visulogic(text: str) -> str:
+    """lmms-eval's VisuLogic: the last match of the first pattern that matches; else a response of three characters."""
+    text = text.strip()
+    for pattern in _VISULOGIC:
+        if letters := pattern.findall(text):
+            return letters[-1].upper()
+    first = text[:1].upper()
+    return first if len(text) <= 3 and first in set("ABCD") else ""
+
+
+_VISULOGIC_PHRASES = [
+    "answer:",
+    *(
+        f"{phrase}{colon}"
+        for colon in (":", "")
+        for phrase in (
+            "the final answer is",
+            "the answer is option",
+            "the answer is",
+            "the correct answer is option",
+            "the correct answer is",
+            "the answer should be",
+        )
+    ),
+]
+
+
+def _visulogic_vlmevalkit(text: str) -> str:
+    """VLMEvalKit's VisuLogic: a boxed letter, else a letter at an end of the response or right after a phrase."""
+    boxed = _vlmevalkit_boxed(text).strip()
+    if boxed in tuple("ABCD"):
+        return boxed
+    text = text.replace("<|endoftext|>", "")
+    for letter in "ABCD":
+        if text.endswith((f" {letter}.", f" ({letter}).")):
+            return letter
+        if text.startswith((f"{letter}\n", f"({letter})\n", f"({letter}) {letter}\n")):
+            return letter
+    rest = text.lower()
+    for phrase in _VISULOGIC_PHRASES:
+        if phrase in rest:
+            rest = rest.split(phrase)[-1].strip().split("\n")[0].split(".")[0]
+            if rest.upper() in tuple("ABCD"):
+                return rest.upper()
+    return text if text in tuple("ABCD") else "Z"
+
+
+def _vlmevalkit_boxed(text: str) -> str:
+    """The last outermost box with markup removed; the whole text when it holds more than a letter, or there is none."""
+    starts: list[int] = []
+    boxed = None
+    for match in re.finditer(r"\\boxed\{|[^\\]\}", text):
+        if match[0].endswith("{"):
+            starts.append(match.end())
+        elif starts:
+            start = starts.pop()
+            if not starts:
+                boxed = text[start : match.start() + 1]
+    if not boxed:
+        return text
+    for markup in ("\\text{", "\\rm{", "\\mathbf{", "$", "}"):
+        boxed = boxed.replace(markup, "")
+    return text if "letter" in boxed.lower() or "or" in boxed or len(boxed) > 2 else boxed
+
+
+class ChoiceVerifier(Verifier):
+    """Letters, sets of letters, or option texts."""
+
+    profiles = ("strict", "upstream_ai2d", "upstream_visulogic", "upstream_visulogic_vlmevalkit")
+
+    def extract(self, prompt: Prompt, text: str) -> str | None:
+        if self.profile != "strict":
+            return text
+        letters = extract(text, options_of(prompt))
+        return ", ".join(sorted(letters)) if letters else None
+
+    def score(self, answer: str, gold: str, prompt: Prompt) -> float:
+        if self.profile != "strict":
+            return score(answer, gold, self.profile)
+        letters = gold_letters(gold, options_of(prompt))
+        return score(answer, ", ".join(sorted(letters)) if letters else gold)
+
+    def check_golds(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        return [_gold_problem(gold_answers(prompt), options_of(prompt)) for prompt in prompts]
+
+
+def _gold_problem(golds: Sequence[str], options: dict[str, str]) -> str | None:
+    if not golds:
+        return NO_GOLD
+    bad = next((gold for gold in golds if gold_letters(gold, options) is None), None)
+    return None if bad is None else f"gold answer {bad[:200]!r} is neither letters nor the text of an option"

@@ -1,0 +1,173 @@
+r"""What a response answers: the visible text, and the places in it that state an answer.
+
+Everything here runs in time linear in the text, whatever a model wrote.  Answers are looked for in this order, the last
+one of a kind winning: ``<answer>`` tag, ``\boxed{}``, "Answer: …" / "答案：…" phrases, then (short answers) a lone line.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import deque
+from collections.abc import Iterator
+
+MAX_CHARS = 1_000_000
+"""Only so many characters at the end of a response are read."""
+DELIMITERS = (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$"))
+"""What mathematics is written between."""
+_CANDIDATE_CHARS = 4000
+_MAX_MARKS = 20
+_MAX_LINE = 200
+
+_LOOKALIKES = {
+    "\u2212": "-",
+    "\u2010": "-",
+    "\u2011": "-",
+    "\u2018": "'",
+    "\u2019": "'",
+    "\u201c": '"',
+    "\u201d": '"',
+}
+_MEANINGFUL = ("<super>", "<sub>", "<fraction>")
+
+_REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>|◁(/?)think▷", re.IGNORECASE)
+_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_BRACES = re.compile(r"\\boxed\s{0,8}\{|\\.|[{}]", re.DOTALL)
+_MARK = re.compile(
+    r"(?:\b(?:answers?|(?:correct|right|best)\s{1,4}(?:option|choice|letter))\b[*_]{0,3}\s{0,4}"
+    r"(?:(?:should|must|would|will)\s{1,4}be\b|is\b|are\b|was\b|=|:)"
+    r"|(?:答案|正确选项|正确答案)\s{0,4}(?:应该是|应为|应是|是|为|:)"
+    r"|(?:故选|应选|选择|选)\s{0,2}:?\s{0,2}(?=[(A-Z])|####)"
+    r"\s{0,4}[*_]{0,3}\s{0,4}:?\s{0,4}[*_]{0,3}",
+    re.IGNORECASE,
+)
+_WRAPPER = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mathtt|operatorname|rm|bf|mbox|fbox)\s{0,4}\{([^{}]*)\}"
+)
+_SENTENCE_END = re.compile(r"(?:(?<=\w{3})|(?<=[\d)}$*\]%]))[.!?](?=\s+[A-Z])|。")
+_SPACING = re.compile(r"\\[,;:! ]|\\q?quad\b|~|\s+")
+
+
+def fold(text: str) -> str:
+    """NFKC, character by character and without what alters mathematics: x² and ½ stay, full-width forms become ASCII."""
+    if text.isascii():
+        return text
+    table = {ord(char): _fold_char(char) for char in set(text) if not char.isascii()}
+    return text.translate(table)
+
+
+def _fold_char(char: str) -> str:
+    if char in _LOOKALIKES:
+        return _LOOKALIKES[char]
+    if unicodedata.decomposition(char).startswith(_MEANINGFUL):
+        return char
+    folded = unicodedata.normalize("NFKC", char)
+    return folded if len(folded) <= 4 else char  # a single ligature may expand to 18 characters
+
+
+def visible(text: str) -> str:
+    """The folded text outside reasoning blocks.  An unclosed <think> hides all that follows, a lone </think> all before."""
+    text = fold(text[-MAX_CHARS:])
+    pieces: list[str] = []
+    start, hidden = 0, False
+    for tag in _REASONING.finditer(text):
+        if tag[1] or tag[2]:
+            if not hidden:
+                pieces.clear()
+            start, hidden = tag.end(), False
+        elif not hidden:
+            pieces.append(text[start : tag.start()])
+            hidden = True
+    if not hidden:
+        pieces.append(text[start:])
+    return "\n".join(pieces)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last balanced, non-empty ``\boxed{…}`` (the innermost of nested ones)."""
+    first = text.find("\\boxed")
+    if first < 0:
+        return None
+    opened: list[int | None] = []  # content start of each open brace; None = not a box
+    begin, end = -1, -1
+    for token in _BRACES.finditer(text, first):
+        if token[0] == "{":
+            opened.append(None)
+        elif token[0] == "}":
+            start = opened.pop() if opened else None
+            if start is not None and start > begin and text[start : token.start()].strip():
+                begin, end = start, token.start()
+        elif token[0][-1] == "{" and len(token[0]) > 2:
+            opened.append(token.end())
+    return text[begin:end].strip() if begin >= 0 else None
+
+
+def last_tag(text: str) -> str | None:
+    """Content of the last closed, non-empty <answer>…</answer>."""
+    found, start = None, None
+    for tag in _ANSWER_TAG.finditer(text):
+        if not tag[1]:
+            start = tag.end()
+        elif start is not None:
+            found = text[start : tag.start()].strip() or found
+            start = None
+    return found
+
+
+def marked(text: str) -> list[str]:
+    """What follows each "Answer:" / "答案：" on its line, and each "answer is" in its sentence; the last one first."""
+    answers = []
+    for mark in reversed(deque(_MARK.finditer(text), maxlen=_MAX_MARKS)):
+        line = text[mark.end() : mark.end() + _CANDIDATE_CHARS].strip().split("\n", 1)[0].strip()
+        answers.append(line if ":" in mark[0] else sentence(line))
+    return [answer for answer in answers if answer]
+
+
+def candidates(text: str) -> Iterator[str]:
+    """Explicitly stated answers of a visible text, most trusted first."""
+    tag = last_tag(text)
+    for part in (tag, text):
+        if part is None:
+            continue
+        boxed = last_boxed(part)
+        if boxed is not None:
+            yield boxed
+        yield from marked(part)
+        if part is tag:
+            yield part
+
+
+def lone_line(text: str) -> str | None:
+    """The last non-empty line when it is short enough to be an answer by itself."""
+    lines = text.rstrip().rsplit("\n", 1)
+    line = lines[-1].strip()
+    return line if 0 < len(line) <= _MAX_LINE else None
+
+
+def sentence(answer: str) -> str:
+    """An answer cut at the end of its sentence ("204. This is …" -> "204"), but not inside "St. Louis"."""
+    return _SENTENCE_END.split(answer, maxsplit=1)[0].strip()
+
+
+def plain(answer: str) -> str:
+    r"""An answer without markup: ``\text{}``, bold, dollars around it, LaTeX escapes; spaces collapsed."""
+    for _ in range(4):
+        answer, n_unwrapped = _WRAPPER.subn(r"\1", answer)
+        if not n_unwrapped:
+            break
+    answer = _SPACING.sub(" ", answer).replace("**", "").replace("__", "").strip("*` ")
+    for left, right in DELIMITERS:
+        if len(answer) > len(left + right) and answer.startswith(left) and answer.endswith(right):
+            answer = answer[len(left) : -len(right)]
+    return re.sub(r"\\([%$&#_{}])", r"\1", answer).strip()
+
+
+def short_answer(text: str) -> str | None:
+    """The answer of a response to a question that wants a word or a number: stated, else the lone last line."""
+    text = visible(text)
+    for candidate in candidates(text):
+        answer = plain(candidate[:_CANDIDATE_CHARS])
+        if answer:
+            return answer
+    line = lone_line(text)
+    return plain(line) or None if line else None
