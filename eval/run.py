@@ -41,7 +41,9 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = init_world(1800.0) if args.local_rank is not None else World(0, 1, 0, device)
     model = load_model(
-        ModelConfig(model=args.model, dtype=args.dtype, min_pixels=args.min_pixels, max_pixels=args.max_pixels),
+        ModelConfig(
+            model=args.model, dtype=args.dtype, min_pixels=args.min_pixels, max_pixels=args.max_pixels
+        ),
         world.device,
     )
     sampling = SamplingConfig(
@@ -108,31 +110,50 @@ def progress_line(name: str):
 def print_table(results: dict[str, dict[str, float]]) -> None:
     print(f"{'':24}{'accuracy':>10}{'n':>8}{'unknown':>10}{'no answer':>11}{'truncated':>11}{'tokens':>8}")
     for name, metrics in results.items():
-        row = [metrics.get(f"eval/{key}", float("nan")) for key in ("unknown_share", "unparsed_share", "truncated_share")]
+        row = [
+            metrics.get(f"eval/{key}", float("nan"))
+            for key in ("unknown_share", "unparsed_share", "truncated_share")
+        ]
         accuracy = metrics.get("eval/accuracy", float("nan"))
-        shares = "".join(f"{100 * share:>{width - 2}.1f} %" for share, width in zip(row, (10, 11, 11), strict=True))
-        print(f"{name:24}{100 * accuracy:8.1f} %{metrics['eval/n']:8.0f}{shares}{metrics['eval/length']:8.1f}")
+        shares = "".join(
+            f"{100 * share:>{width - 2}.1f} %" for share, width in zip(row, (10, 11, 11), strict=True)
+        )
+        print(
+            f"{name:24}{100 * accuracy:8.1f} %{metrics['eval/n']:8.0f}{shares}{metrics['eval/length']:8.1f}"
+        )
         for key, value in sorted(metrics.items()):
             if key.count("/") == 2:
                 print(f"  {key.split('/')[1]:22}{100 * value:8.1f} %")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub id")
     parser.add_argument("--tasks", default="", help=f"comma-separated: {', '.join(TASKS)}")
-    parser.add_argument("--data", action="append", default=[], help="rows to evaluate (JSONL, Parquet, mixture YAML)")
-    parser.add_argument("--out", default="runs/eval", help="folder for samples and results (default %(default)s)")
+    parser.add_argument(
+        "--data", action="append", default=[], help="rows to evaluate (JSONL, Parquet, mixture YAML)"
+    )
+    parser.add_argument(
+        "--out", default="runs/eval", help="folder for samples and results (default %(default)s)"
+    )
     parser.add_argument("--limit", type=int, help="only the first rows")
-    parser.add_argument("--n", type=int, default=1, help="answers per prompt; accuracy is their mean (default 1)")
-    parser.add_argument("--batch", type=int, default=64, help="prompts answered together (default %(default)s)")
+    parser.add_argument(
+        "--n", type=int, default=1, help="answers per prompt; accuracy is their mean (default 1)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, help="prompts answered together (default %(default)s)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="default %(default)s")
     parser.add_argument("--min-pixels", type=int)
     parser.add_argument("--max-pixels", type=int)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default %(default)s")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default %(default)s"
+    )
     parser.add_argument("--verifier", default="math", help="for rows that name none (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher

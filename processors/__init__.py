@@ -2,8 +2,8 @@
 
     from uniopd_mm.processors import get_processor
     processor = get_processor("Qwen/Qwen2.5-VL-3B-Instruct")
-    prompt = processor.encode([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What
-    is it?"}]}], [image])
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    prompt = processor.encode(messages, [image])
 
 Importing this package loads neither torch nor transformers.  At the root of a checkout ``import processors``
 hands out the very module objects of ``uniopd_mm.processors``.
@@ -21,13 +21,6 @@ else:
     import pkgutil
 
     import uniopd_mm.processors as _package
-    from uniopd_mm.processors import (
-        EncodedPrompt,
-        ProcessorError,
-        VLMProcessor,
-        get_processor,
-        register_processor,
-    )
 
     for _module in pkgutil.iter_modules(_package.__path__):
         _name = f"{_package.__name__}.{_module.name}"

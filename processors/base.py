@@ -1,8 +1,7 @@
 """The adapter every family shares: messages and images in, token ids, masks and model tensors out.
 
-P = prompt tokens with every image expanded to its placeholders, C = with one placeholder per image, B =
-prompts.
-What a family fills in is marked "family" below; README.md has the checklist.
+P = prompt tokens with every image expanded to its placeholders, C = with one placeholder per image,
+B = prompts.  What a family fills in is marked "family" below; README.md has the checklist.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ class EncodedPrompt:
     vision_mask: Tensor
     """[P] bool, True at every vision token: placeholders, image start and end, video."""
     model_inputs: dict[str, Tensor]
-    """The model's other inputs by argument name, e.g. pixel_values; those that are not [P] count images or
-    patches on dim 0."""
+    """The model's other inputs by argument name: [P], or images or patches on dim 0 (``pixel_values``)."""
     collapsed_ids: Tensor
     """[C] int64, exactly one placeholder per image: what inference servers take beside the pictures."""
     image_spans: tuple[Span, ...]
@@ -59,6 +57,8 @@ class VLMProcessor:
     sees_images: ClassVar[bool] = True
     token_inputs: ClassVar[tuple[str, ...]] = ()
     """family: names of the model inputs of shape [P], padded with 0 by :meth:`collate`."""
+    vision_tokens: ClassVar[tuple[str, ...]] = ()
+    """family: vision tokens beside those that config.json names and tokens.KNOWN_VISION_TOKENS lists."""
     processor_classes: ClassVar[Mapping[str, str]] = {}
     """family: model type -> name of its Hugging Face processor class, written by :meth:`save_pretrained`."""
 
@@ -76,17 +76,14 @@ class VLMProcessor:
         from transformers import AutoConfig, AutoTokenizer
 
         self.path = str(path_or_id)
-        self.hub = {} if revision is None else {"revision": revision}
+        self.hub: dict[str, Any] = {} if revision is None else {"revision": revision}
         self.config = AutoConfig.from_pretrained(self.path, **self.hub)
         self.model_type: str = self.config.model_type
         self.tokenizer = AutoTokenizer.from_pretrained(self.path, **self.hub)
         settings = self.read_processor_files() if self.sees_images else {}
-        self.processor_settings = {
-            key: value for key, value in settings.items() if key not in _SUB_PROCESSORS
-        }
-        self._vision = find_vision_tokens(
-            self.tokenizer, [getattr(self.config, name, None) for name in _CONFIG_VISION_IDS]
-        )
+        self.processor_settings = {key: settings[key] for key in settings if key not in _SUB_PROCESSORS}
+        config_ids = [getattr(self.config, name, None) for name in _CONFIG_VISION_IDS]
+        self._vision = find_vision_tokens(self.tokenizer, config_ids, self.vision_tokens)
         self.image_token_id: int | None = self._find_image_token() if self.sees_images else None
         source = settings.get("chat_template") or self.tokenizer.chat_template
         if isinstance(source, Mapping):  # several named templates
@@ -145,8 +142,7 @@ class VLMProcessor:
         if len(slots) != len(pictures):
             raise ProcessorError(
                 f"The chat template of {self.path} made {len(slots)} image placeholders of {len(pictures)} "
-                f"images; it "
-                "must make one for each.  Check chat_template.jinja."
+                "images; it must make one for each.  Check chat_template.jinja."
             )
         tensors, counts = self._process(pictures)
         expanded, spans = _expand(collapsed, slots, counts)
@@ -184,15 +180,13 @@ class VLMProcessor:
         return batch
 
     def text_view(self, messages: Sequence[Mapping[str, Any]], image_text: Sequence[str]) -> chat.Turns:
-        """The same messages for a reader without eyes: the k-th image part becomes ``image_text[k]``, ""
-        drops it."""
+        """Messages for a reader without eyes: the k-th image part becomes ``image_text[k]``, "" drops it."""
         return chat.replace_images(messages, image_text)
 
     # ---- tokens
 
     def vision_token_ids(self) -> frozenset[int]:
-        """Every id that stands for vision (placeholder, image start and end, video), whether or not the
-        model sees."""
+        """Every id that stands for vision (placeholder, image start and end, video), whoever the model is."""
         return frozenset(self._vision.values())
 
     def suppress_token_ids(self) -> list[int]:
@@ -210,9 +204,8 @@ class VLMProcessor:
             return type(ids)(token for token in ids if token not in vision)
         import torch
 
-        return ids[
-            ~torch.isin(ids, torch.tensor(self.suppress_token_ids(), dtype=ids.dtype, device=ids.device))
-        ]
+        unwanted = torch.tensor(self.suppress_token_ids(), dtype=ids.dtype, device=ids.device)
+        return ids[~torch.isin(ids, unwanted)]
 
     @property
     def pad_token_id(self) -> int:
@@ -223,9 +216,8 @@ class VLMProcessor:
 
     def decode(self, ids: Any) -> str:
         """Text of these ids without special tokens."""
-        return self.tokenizer.decode(
-            _as_list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        ids = _as_list(ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def decode_tokens(self, ids: Any) -> list[str]:
         """One string per token, special tokens kept; joined, the decoded whole.  A character made of several
@@ -235,27 +227,22 @@ class VLMProcessor:
     # ---- files
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Tokenizer, chat template and image processor files, as get_processor and AutoProcessor read
-        them."""
+        """Write tokenizer, chat template and image processor as get_processor and AutoProcessor read them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = copy.copy(self.tokenizer)
         tokenizer.chat_template = self.template.source
         tokenizer.save_pretrained(folder)
         if self.sees_images:
-            named = (
-                {"processor_class": self.processor_classes.get(self.model_type)}
-                if self.processor_classes
-                else {}
-            )
+            name = self.processor_classes.get(self.model_type)
+            named = {"processor_class": name} if name else {}
             write_json(folder / "processor_config.json", {**named, **self.processor_settings})
             self.write_image_files(folder)
 
     # ---- steps
 
     def read_processor_files(self) -> dict[str, Any]:
-        """processor_config.json with the processor's chat template, as Hugging Face puts them together; {}
-        if none."""
+        """processor_config.json and the processor's chat template, as Hugging Face joins them; {} if none."""
         from transformers import ProcessorMixin
 
         return ProcessorMixin.get_processor_dict(self.path, **self.hub)[0]
@@ -263,17 +250,12 @@ class VLMProcessor:
     def _find_image_token(self) -> int:
         token_id = self.config.image_token_id
         if token_id not in self._vision.values():
-            name = (
-                self.tokenizer.convert_ids_to_tokens(token_id)
-                if token_id < len(self.tokenizer)
-                else "nothing"
-            )
+            is_known = token_id < len(self.tokenizer)
+            name = repr(self.tokenizer.convert_ids_to_tokens(token_id)) if is_known else "nothing"
             raise ProcessorError(
-                f"config.json of {self.path} says that image_token_id is {token_id}, which in the tokenizer "
-                f"is {name!r}; "
-                "expected an added token.  Model and tokenizer do not belong together, or the placeholder "
-                "was never "
-                'added: tokenizer.add_tokens(["<image>"], special_tokens=True).'
+                f"config.json of {self.path} says that image_token_id is {token_id}, which is {name} to the "
+                "tokenizer; expected an added token.  Model and tokenizer do not belong together, or the "
+                'placeholder was never added: tokenizer.add_tokens(["<image>"], special_tokens=True).'
             )
         return token_id
 
@@ -309,12 +291,8 @@ class VLMProcessor:
             raise ProcessorError(f"images is a {type(images).__name__}; expected a list of PIL images.")
         expected = chat.count_images(turns)
         if len(images) != expected:
-            spelled = [
-                marker
-                for marker in self._vision
-                if marker in json.dumps(turns, ensure_ascii=False, default=str)
-            ]
-            hint = f"  {spelled[0]!r} typed in a text is only text." if spelled else ""
+            typed = sorted(chat.find_markers(turns, tuple(self._vision)))
+            hint = f"  {typed[0]!r} typed in a text is only text." if typed else ""
             raise ProcessorError(
                 f"The messages hold {expected} image parts, but {len(images)} images were given.  Write one "
                 f'{{"type": "image"}} part for each image, where it belongs.{hint}'
@@ -322,29 +300,30 @@ class VLMProcessor:
         if images and not self.sees_images:
             raise ProcessorError(
                 f"{self.path} ({self.model_type}) is text-only, but the prompt has {len(images)} images.  "
-                f"Replace them by "
-                "text first: text_view(messages, image_text)."
+                "Replace them by text first: text_view(messages, image_text)."
             )
         return to_rgb_all(images)
 
     def _tokenize(self, turns: chat.Turns, add_generation_prompt: bool) -> list[int]:
-        """[C] ids; vision markers that the template wrote are special tokens, those that a user typed are
-        text."""
+        """[C] ids; vision markers of the template are special tokens, those that a user typed are text.
+
+        Typed markers pass through the template as private characters, which tells them from its own.  The
+        tokenizer then reads the true text and makes special tokens of both, in an order that is known; the
+        typed ones are replaced by the ids of their characters.
+        """
         markers = tuple(self._vision)
         hidden, stand_ins = chat.hide_markers(turns, markers)
         rendered = self.template.render(hidden, add_generation_prompt)
         text, order = chat.restore_markers(rendered, stand_ins, markers)
-        ids = self.tokenizer(text, add_special_tokens=self._adds_special_tokens(text), verbose=False)[
-            "input_ids"
-        ]
+        add_special_tokens = self._adds_special_tokens(text)
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         if not stand_ins:
             return ids
         found = [token for token in ids if token in self._vision.values()]
         if found != [self._vision[marker] for marker, _ in order]:
             raise ProcessorError(
                 f"The text spells out {', '.join(sorted(stand_ins.values()))} in a way that the tokenizer of "
-                f"{self.path} "
-                "reads differently than it is written.  Remove it from the text."
+                f"{self.path} reads differently than it is written.  Remove it from the text."
             )
         plain = {marker: encode_as_plain_text(self.tokenizer, marker) for marker in stand_ins.values()}
         typed = iter(order)
@@ -355,8 +334,7 @@ class VLMProcessor:
         return result
 
     def _adds_special_tokens(self, rendered: str) -> bool:
-        """Hugging Face's rule for processors: the tokenizer adds its own unless the template began with the
-        BOS token."""
+        """Hugging Face's rule for processors: the tokenizer adds its own unless the template wrote BOS."""
         bos = self.tokenizer.bos_token
         return bos is None or not rendered.startswith(bos)
 

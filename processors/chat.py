@@ -1,5 +1,4 @@
-"""Chat messages: checked, rendered by the model's own template, with nothing a user typed mistaken for an
-image."""
+"""Chat messages: checked, rendered by the model's own template, no typed text mistaken for an image."""
 
 from __future__ import annotations
 
@@ -8,25 +7,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uniopd_mm.processors.errors import ProcessorError
-from uniopd_mm.processors.tokens import map_strings
+from uniopd_mm.processors.tokens import all_strings, map_strings
 
 Turns = list[dict[str, Any]]
-"""Checked messages: content is a string or a list of ``{"type": "image"}`` and ``{"type": "text", "text":
-...}``."""
+"""Checked messages: content is a string or a list of parts, each ``{"type": "image"}`` or a text part."""
 
 _IMAGE_TYPES = ("image", "image_url")
+_FORMS = ("string", "parts", "images")
 _PROBE = "Kfoiqrnwz"
 _FIRST_STAND_IN = 0xF0000
 """Start of a private-use plane: characters that no text has a reason to hold."""
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> Turns:
-    """Copy with image parts reduced to ``{"type": "image"}`` and empty keys dropped; an error names the
-    first bad turn."""
+    """Copy with image parts reduced to ``{"type": "image"}`` and None values dropped; errors name a turn."""
     if isinstance(messages, str | Mapping) or not messages:
+        found = f"a {type(messages).__name__}" if messages else "empty"
         raise ProcessorError(
-            f"messages is {'empty' if not messages else 'a ' + type(messages).__name__}; expected a list of "
-            f"turns such as "
+            f"messages is {found}; expected a list of turns such as "
             '[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}].'
         )
     turns = []
@@ -38,10 +36,8 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> Turns:
         if isinstance(turn.get("content"), list | tuple):
             turn["content"] = [_check_part(part, label) for part in turn["content"]]
         elif not isinstance(turn.get("content", ""), str):
-            raise ProcessorError(
-                f"{label} has content of type {type(turn['content']).__name__}; expected a string or a list "
-                f"of parts."
-            )
+            found = type(turn["content"]).__name__
+            raise ProcessorError(f"{label} has a {found} as content; expected a string or a list of parts.")
         turns.append(turn)
     return turns
 
@@ -55,8 +51,8 @@ def _check_part(part: Any, label: str) -> dict[str, str]:
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     raise ProcessorError(
-        f"{label} holds the part {part!r:.80}; expected {{'type': 'image'}} or {{'type': 'text', 'text': "
-        f"'...'}}."
+        f"{label} holds the part {part!r:.80}; "
+        "expected {'type': 'image'} or {'type': 'text', 'text': '...'}."
     )
 
 
@@ -70,41 +66,32 @@ def _parts(turn: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def replace_images(messages: Sequence[Mapping[str, Any]], image_text: Sequence[str]) -> Turns:
-    """Messages with the k-th image part replaced by ``image_text[k]``, on a line of its own; "" removes the
-    part."""
+    """Messages with the k-th image part replaced by ``image_text[k]`` on a line of its own; "" removes it."""
     turns = check_messages(messages)
     if isinstance(image_text, str) or count_images(turns) != len(image_text):
         found = "one string" if isinstance(image_text, str) else f"{len(image_text)} texts"
-        raise ProcessorError(
-            f"{found} for {count_images(turns)} images; expected a list with one text per image."
-        )
+        expected = f"{count_images(turns)} images; expected a list with one text per image."
+        raise ProcessorError(f"{found} for {expected}")
     texts = iter(image_text)
     for turn in turns:
         if any(part["type"] == "image" for part in _parts(turn)):
-            turn["content"] = _describe(
-                turn["content"], [next(texts) if p["type"] == "image" else None for p in turn["content"]]
-            )
+            descriptions = [next(texts) if part["type"] == "image" else None for part in turn["content"]]
+            turn["content"] = _describe(turn["content"], descriptions)
     return turns
 
 
 def _describe(parts: list[dict[str, str]], descriptions: list[str | None]) -> list[dict[str, str]]:
-    """Templates join text parts without a space, so a description is set off from its neighbours by line
-    breaks."""
+    """Templates join text parts without a space, so line breaks set a description off from its neighbours."""
     described: list[dict[str, str]] = []
-    ends_with_description = False
+    follows_description = False
     for part, description in zip(parts, descriptions, strict=True):
         text = part["text"] if description is None else description
         if not text:
             continue
-        before = described[-1]["text"] if described else "\n"
-        if (
-            (description is not None or ends_with_description)
-            and not before.endswith("\n")
-            and not text.startswith("\n")
-        ):
-            text = "\n" + text
-        described.append({"type": "text", "text": text})
-        ends_with_description = description is not None
+        meets_description = follows_description or description is not None
+        is_apart = not described or described[-1]["text"].endswith("\n") or text.startswith("\n")
+        described.append(_text(text if is_apart or not meets_description else f"\n{text}"))
+        follows_description = description is not None
     return described
 
 
@@ -131,21 +118,18 @@ class ChatTemplate:
 
         if self.source is None:
             raise ProcessorError(
-                "The tokenizer has no chat template, so messages cannot be rendered.  Use the "
-                "instruction-tuned model, or "
-                "put the template of its family into the model folder as chat_template.jinja."
+                "The tokenizer has no chat template, so messages cannot be rendered.  Use the instruction-"
+                "tuned model, or put its family's template into the model folder as chat_template.jinja."
             )
         try:
             return self._apply([self._in_rendered_form(turn) for turn in turns], add_generation_prompt)
         except (TemplateError, TypeError, AttributeError, KeyError, ValueError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
-            raise ProcessorError(
-                f"The chat template cannot render these messages (roles: {roles}): {error}"
-            ) from error
+            found = f"these messages (roles: {roles})"
+            raise ProcessorError(f"The chat template cannot render {found}: {error}") from error
 
     def text_after_answer(self) -> str:
-        """What the template writes behind an assistant's answer, e.g. ``<|im_end|>\\n``; "" if it takes no
-        such turn."""
+        """What the template writes behind an assistant's answer, e.g. ``<|im_end|>``; "" if it takes none."""
         turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
         try:
             return self.render(turns, add_generation_prompt=False).rpartition(_PROBE)[2]
@@ -166,9 +150,8 @@ class ChatTemplate:
             return turn
         content, forms = turn["content"], self._forms_of(turn["role"])
         if isinstance(content, str):
-            return (
-                turn if "string" in forms or "parts" not in forms else {**turn, "content": [_text(content)]}
-            )
+            parts_only = "parts" in forms and "string" not in forms
+            return {**turn, "content": [_text(content)]} if parts_only else turn
         if "images" not in forms:
             content = [_text(self.image_slot) if part["type"] == "image" else part for part in content]
         if "parts" not in forms:
@@ -177,9 +160,7 @@ class ChatTemplate:
 
     def _forms_of(self, role: str) -> frozenset[str]:
         if role not in self._forms:
-            self._forms[role] = frozenset(
-                form for form in ("string", "parts", "images") if self._renders(role, form)
-            )
+            self._forms[role] = frozenset(form for form in _FORMS if self._renders(role, form))
         return self._forms[role]
 
     def _renders(self, role: str, form: str) -> bool:
@@ -211,29 +192,32 @@ def _text(text: str) -> dict[str, str]:
 
 
 def hide_markers(turns: Turns, markers: Sequence[str]) -> tuple[Turns, dict[str, str]]:
-    """Put a private character in the place of every vision marker that a user typed, before the template
-    runs.
+    """Put a private character in the place of every vision marker that somebody typed.
 
-    Returns the changed turns and character -> marker; what the template itself writes stays recognisable.
+    Returns the changed turns and character -> marker.  Once a template has rendered the turns, a marker in
+    the result is the template's own.
     """
-    pattern = _any_of(markers)
-    everything: list[str] = []
-    map_strings(turns, lambda text: everything.append(text) or text)
-    typed = sorted({marker for text in everything for marker in pattern.findall(text)})
+    typed = find_markers(turns, markers)
     if not typed:
         return turns, {}
-    used = set("".join(everything))
+    used = set("".join(all_strings(turns)))
     free = (chr(code) for code in range(_FIRST_STAND_IN, 0x110000) if chr(code) not in used)
-    stand_ins = dict(zip(typed, free, strict=False))
+    stand_ins = dict(zip(sorted(typed), free, strict=False))
+    pattern = _any_of(markers)
     hidden = map_strings(turns, lambda text: pattern.sub(lambda match: stand_ins[match[0]], text))
     return hidden, {character: marker for marker, character in stand_ins.items()}
+
+
+def find_markers(turns: Turns, markers: Sequence[str]) -> set[str]:
+    """The markers that are spelled out in any string of the turns."""
+    pattern = _any_of(markers)
+    return {marker for text in all_strings(turns) for marker in pattern.findall(text)}
 
 
 def restore_markers(
     rendered: str, stand_ins: Mapping[str, str], markers: Sequence[str]
 ) -> tuple[str, list[tuple[str, bool]]]:
-    """The rendered text with typed markers put back, and every marker in it in order: (marker, typed by a
-    user)."""
+    """The rendered text with typed markers put back, and all its markers in order: (marker, was it typed)."""
     found = _any_of([*markers, *stand_ins]).findall(rendered)
     order = [(stand_ins.get(item, item), item in stand_ins) for item in found]
     for character, marker in stand_ins.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from importlib import metadata, util
 from typing import TYPE_CHECKING, Any
@@ -13,29 +14,22 @@ if TYPE_CHECKING:
 
 
 def to_rgb(image: Any, label: str = "The image") -> Image:
-    """Upright RGB copy: EXIF rotation applied, transparency on white, as the image processors of
-    transformers do.
+    """Upright RGB copy: EXIF rotation applied, transparency on white, as transformers' image processors do.
 
     ``label`` names the image in errors.
     """
     from PIL import Image, ImageOps
 
     if not isinstance(image, Image.Image):
-        raise ProcessorError(
-            f"{label} is a {type(image).__name__}; expected a PIL image.  Open files with "
-            f"PIL.Image.open(path)."
-        )
+        found = type(image).__name__
+        raise ProcessorError(f"{label} is a {found}; expected a PIL image: PIL.Image.open(path).")
     try:
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data:
             white = Image.new("RGBA", upright.size, "white")
             upright = Image.alpha_composite(white, upright.convert("RGBA"))
         upright = upright.convert("RGB")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-    ) as error:  # what Pillow raises for truncated and malformed files
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for truncated and malformed files
         raise ProcessorError(f"{label} cannot be decoded: {error}.") from error
     if 0 in upright.size:
         raise ProcessorError(f"{label} has no pixels ({upright.width} x {upright.height}).")
@@ -47,24 +41,22 @@ def to_rgb_all(images: Sequence[Any]) -> list[Image]:
 
 
 def require_working_torchvision() -> None:
-    """Error if torchvision is installed but broken: transformers would then fail with a message about
-    something else.
+    """Error if torchvision is installed but broken; transformers would fail later and say something else.
 
     Without torchvision, images are processed with Pillow, so its absence is fine.
     """
     if util.find_spec("torchvision") is None:
         return
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         import torch
 
         raise ProcessorError(
             f"torchvision {_version('torchvision')} is installed but cannot be imported beside torch "
-            f"{torch.__version__} ({type(error).__name__}: {error}).  Either remove it - images are then "
-            f"processed with "
-            "Pillow: pip uninstall torchvision - or install the build made for this torch, from the same "
-            "index as torch."
+            f"{torch.__version__} ({type(error).__name__}: {error}).  Either remove it, and images are "
+            "processed with Pillow: pip uninstall torchvision.  Or install the build made for this torch, "
+            "from the same index as torch."
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from uniopd_mm.processors.base import VLMProcessor
 from uniopd_mm.processors.errors import ProcessorError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class LlavaAdapter(VLMProcessor):
     """``pixel_values`` [images, 3, H, W]; one placeholder per patch that the vision tower hands on."""
 
-    processor_classes = {"llava": "LlavaProcessor"}
+    processor_classes: ClassVar = {"llava": "LlavaProcessor"}
 
     @property
     def image_slot(self) -> str:
@@ -27,14 +27,12 @@ class LlavaAdapter(VLMProcessor):
 
         if min_pixels is not None or max_pixels is not None:
             raise ProcessorError(
-                f"min_pixels and max_pixels do nothing for {self.model_type}: {self.path} resizes every "
-                f"image to one size.  "
-                "Leave them out."
+                f"min_pixels and max_pixels do nothing for {self.model_type}: {self.path} resizes all images "
+                "to one size.  Leave them out."
             )
         self.image_processor = AutoImageProcessor.from_pretrained(self.path, **self.hub)
         vision = self.config.vision_config
-        # Old processor files lack these, the model's config knows them; a CLIP tower puts one class token
-        # before the patches.
+        # For old processor files that lack these.  A CLIP tower puts one class token before the patches.
         defaults = {
             "patch_size": vision.patch_size,
             "vision_feature_select_strategy": self.config.vision_feature_select_strategy,

@@ -1,5 +1,4 @@
-"""Which adapter serves which model: looked up by the ``model_type`` of config.json, never by a model's name
-or path."""
+"""Which adapter serves which model: found by the ``model_type`` of config.json, never by a name or path."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ _registered: dict[str, type[VLMProcessor]] = {}
 
 
 def register_processor(model_type: str, *, replace: bool = False) -> Callable[[_Adapter], _Adapter]:
-    """Class decorator: serve models whose config.json says this ``model_type``; ``replace`` allows to take
-    one over."""
+    """Class decorator: serve models of this ``model_type`` (config.json); ``replace`` takes a family over."""
 
     def register(adapter: _Adapter) -> _Adapter:
         if not (isinstance(adapter, type) and issubclass(adapter, VLMProcessor)):

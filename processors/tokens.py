@@ -1,5 +1,4 @@
-"""Questions to a tokenizer: which tokens stand for vision, how a marker typed by a user is plain text, what
-one token says."""
+"""Questions to a tokenizer: its vision tokens, a special token's spelling as text, each token's own text."""
 
 from __future__ import annotations
 
@@ -32,20 +31,20 @@ KNOWN_VISION_TOKENS = (
 """Text-only models of a multimodal family carry these in their vocabulary as well."""
 
 
-def find_vision_tokens(tokenizer: Any, config_ids: Iterable[int | None]) -> dict[str, int]:
-    """Token -> id of every added token that stands for vision: named by the model's config, or known by its
-    name.
+def find_vision_tokens(
+    tokenizer: Any, config_ids: Iterable[int | None], names: Iterable[str] = ()
+) -> dict[str, int]:
+    """Token -> id of the added tokens that stand for vision: by an id of the model's config, or by name.
 
     A config id that is no added token of this tokenizer is a default that nobody set, and is left out.
     """
-    added = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
-    wanted = {token_id for token_id in config_ids if token_id is not None}
-    return {text: i for text, i in added.items() if i in wanted or text in KNOWN_VISION_TOKENS}
+    added: dict[str, int] = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    ids, known = set(config_ids), {*KNOWN_VISION_TOKENS, *names}
+    return {text: i for text, i in added.items() if i in ids or text in known}
 
 
 def encode_as_plain_text(tokenizer: Any, marker: str) -> list[int]:
-    """Ids of a special token's spelling as ordinary characters, for the middle of a text; never the token
-    itself."""
+    """Ids of a special token's spelling as ordinary characters in the middle of a text."""
     newline = tokenizer.encode("\n", add_special_tokens=False)
     ids = tokenizer.encode("\n" + marker, add_special_tokens=False, split_special_tokens=True)
     if ids[: len(newline)] == newline:  # after a newline SentencePiece adds no space of its own
@@ -80,8 +79,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _split_by_prefixes(tokenizer: Any, ids: list[int], whole: str) -> list[str]:
-    """Token k gets what the first k tokens settle and the first k - 1 did not.  Any tokenizer; quadratic
-    time."""
+    """Token k gets what the first k tokens settle and the first k - 1 did not.  Any tokenizer; slow."""
     texts, settled = [], 0
     for end in range(1, len(ids)):
         prefix = _decode(tokenizer, ids[:end])
@@ -122,25 +120,18 @@ def _byte_level_bytes(token: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for characters from
-    256 on."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    """GPT-2's table: printable Latin-1 characters are themselves, those from 256 on are the other bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {
-        chr(256 + n): value for n, value in enumerate(others)
-    }
+    table = {chr(value): value for value in printable}
+    return table | {chr(256 + n): value for n, value in enumerate(others)}
 
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _byte_fallback_texts(tokens: list[str]) -> list[str]:
-    """SentencePiece: ``▁`` is a space, ``<0xE4>`` a byte; a run of bytes that is no UTF-8 shows one U+FFFD
-    per byte."""
+    """SentencePiece: ``▁`` is a space, ``<0xE4>`` a byte; bytes that are no UTF-8 show as one U+FFFD each."""
     texts: list[str] = []
     run: list[bytes] = []
 
@@ -163,6 +154,18 @@ def _byte_fallback_texts(tokens: list[str]) -> list[str]:
             texts.append(token.replace("▁", " "))
     flush()
     return texts
+
+
+def all_strings(value: Any) -> list[str]:
+    """Every string value in nested dicts and lists."""
+    found: list[str] = []
+
+    def note(text: str) -> str:
+        found.append(text)
+        return text
+
+    map_strings(value, note)
+    return found
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -37,7 +37,7 @@ def main() -> int:
 
 def train(run) -> None:
     """The whole method, one step after another."""
-    config, world, console = run.config, run.world, run.console
+    config, console = run.config, run.console
     if run.step == 0:
         run.require_preflight()
         run.evaluate()
@@ -69,10 +69,18 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="YAML file; scripts/recipes/ has complete ones")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    parser.add_argument("--check", action="store_true", help="check settings, data, templates and alignment; no training")
-    parser.add_argument("--fresh", action="store_true", help="move an existing run folder aside and start anew")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # from the deepspeed launcher
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="check settings, data, templates and alignment; no training"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="move an existing run folder aside and start anew"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=0, help=argparse.SUPPRESS
+    )  # from the deepspeed launcher
     return parser.parse_intermixed_args()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import tiny
@@ -11,10 +10,11 @@ import torch
 from uniopd_mm.config import ModelConfig, SamplingConfig, TeacherConfig
 from uniopd_mm.engines import LocalEngine, encode_groups
 from uniopd_mm.models import MultimodalLM, load_model
-from uniopd_mm.rollout import Group, Prompt, map_rollouts
+from uniopd_mm.rollout import Group, Prompt, fill
 from uniopd_mm.teachers import LocalTeacher
 
 CPU = torch.device("cpu")
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
 
 
 def load(folder: Path, shared_prefix: bool = True) -> MultimodalLM:
@@ -45,7 +45,7 @@ def sample(
 ) -> list[Group]:
     settings = SamplingConfig(**{"max_new_tokens": 10, **sampling})
     sampled = LocalEngine(model).sample(groups, n, settings, (seed,))
-    return [map_rollouts(g, lambda r: replace(r, student_logprobs=r.sampler_logprobs)) for g in sampled]
+    return fill(sampled, "student_logprobs", [r.sampler_logprobs for g in sampled for r in g.rollouts])
 
 
 def make_teacher(

@@ -22,7 +22,9 @@ from uniopd_mm.errors import ConfigError
 class Settings(BaseModel):
     """A block of settings; the sentence under each field is its documentation and its ``--help`` text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
+    )
 
 
 Stage = Literal["vision", "projector", "language"]
@@ -307,11 +309,15 @@ class TrainConfig(Settings):
         owners: dict[str, str] = {}
         defaults = [name for name, t in self.teachers.items() if t.domains is None]
         if len(defaults) > 1:
-            raise ValueError(f"teachers {defaults} all lack `domains`; at most one teacher may be the default")
+            raise ValueError(
+                f"teachers {defaults} all lack `domains`; at most one teacher may be the default"
+            )
         for name, teacher in self.teachers.items():
             for domain in teacher.domains or ():
                 if domain in owners:
-                    raise ValueError(f"domain '{domain}' belongs to two teachers: {owners[domain]} and {name}")
+                    raise ValueError(
+                        f"domain '{domain}' belongs to two teachers: {owners[domain]} and {name}"
+                    )
                 owners[domain] = name
         return self
 
@@ -373,7 +379,9 @@ def _read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[tuple[str, ...], 
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}. Recipes ship in scripts/recipes/.") from error
+        raise ConfigError(
+            f"cannot read the recipe {path}: {error.strerror}. Recipes ship in scripts/recipes/."
+        ) from error
     lines: dict[tuple[str, ...], str] = {}
     problems: list[str] = []
 
@@ -421,7 +429,9 @@ def _explain(cls: type[Settings], item: Any, lines: dict[tuple[str, ...], str]) 
     where = f"{place}: " if place else ""
     if item["type"] != "extra_forbidden":
         found = "" if item["type"] == "missing" else f" (found {item['input']!r})"
-        return f"{where}{key or 'settings'}: {item['msg'].removeprefix('Value error, ')}{found if key else ''}"
+        return (
+            f"{where}{key or 'settings'}: {item['msg'].removeprefix('Value error, ')}{found if key else ''}"
+        )
     known = [k for k, _ in _leaves(cls, sections=True)]
     pattern = _generic(cls, loc)
     close = difflib.get_close_matches(pattern, known, n=1, cutoff=0.75)

@@ -45,12 +45,16 @@ def check_head(student: MultimodalLM, groups: list[Group]) -> Finding:
     """The log-probabilities we compute from hidden states are the model's own."""
     inputs = student.collate([groups[0].encoded])
     with torch.no_grad():
-        logits = student.transformer(**inputs, position_ids=student.position_ids(inputs), logits_to_keep=1).logits
+        logits = student.transformer(
+            **inputs, position_ids=student.position_ids(inputs), logits_to_keep=1
+        ).logits
         ours = student.logits(student.prefill(inputs).last_hidden_BH)
     difference = float((logits[:, -1].float() - ours).abs().max())
     ok = difference <= 1e-3 * max(1.0, float(ours.abs().max()))
     text = f"logits of {student.model_type} differ by {difference:.1e} from its head applied to the hidden states"
-    return Finding("head", text if ok else text + "; this family post-processes its logits and is not supported", ok)
+    return Finding(
+        "head", text if ok else text + "; this family post-processes its logits and is not supported", ok
+    )
 
 
 def check_context(student: MultimodalLM, groups: list[Group], max_new_tokens: int) -> Finding:
@@ -98,11 +102,15 @@ def check_vocabularies(pool: TeacherPool) -> list[Finding]:
             findings.append(Finding(name, "same as the student's: scored id by id", True))
         else:
             why = difference(teacher.aligner.student, teacher.aligner.teacher)
-            findings.append(Finding(name, f"differs ({why}): aligned by bytes, align={teacher.settings.align}", True))
+            findings.append(
+                Finding(name, f"differs ({why}): aligned by bytes, align={teacher.settings.align}", True)
+            )
     return findings
 
 
-def null_test(student: MultimodalLM, teacher: LocalTeacher, groups: list[Group], config: TrainConfig) -> Finding:
+def null_test(
+    student: MultimodalLM, teacher: LocalTeacher, groups: list[Group], config: TrainConfig
+) -> Finding:
     """With the student's weights on both sides every advantage must be 0 (|A| <= 1e-4 nats in fp32).
 
     Runs the teacher's own template, processor, view and alignment over the student's weights, for teachers of the
@@ -113,7 +121,9 @@ def null_test(student: MultimodalLM, teacher: LocalTeacher, groups: list[Group],
     views = {"image"} if any(g.prompt.images for g in groups) else {"image", "text", "drop"}
     view = teacher.settings.view or ("image" if teacher.sees_images else "text")
     if not same_family or view not in views or not groups:
-        return Finding(name, "another architecture or another view of the image: see the token table instead", None)
+        return Finding(
+            name, "another architecture or another view of the image: see the token table instead", None
+        )
     mirror = LocalTeacher(
         teacher.name,
         teacher.settings,
@@ -126,7 +136,9 @@ def null_test(student: MultimodalLM, teacher: LocalTeacher, groups: list[Group],
         for rollout in group.rollouts:
             if not rollout.scored.any():
                 continue
-            gap = torch.where(rollout.scored, (rollout.teacher_logprobs - rollout.student_logprobs).abs(), 0.0)
+            gap = torch.where(
+                rollout.scored, (rollout.teacher_logprobs - rollout.student_logprobs).abs(), 0.0
+            )
             n_tokens += int(rollout.scored.sum())
             if float(gap.max()) > worst:
                 worst, at = float(gap.max()), int(gap.argmax())

@@ -6,7 +6,7 @@ log-probabilities in nats; index t of every [T] array is the t-th sampled respon
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,6 +96,9 @@ class Group:
     stats: dict[str, float] = field(default_factory=dict)
 
 
-def map_rollouts(group: Group, change: Callable[[Rollout], Rollout]) -> Group:
-    """The group with ``change`` applied to each rollout, in order."""
-    return replace(group, rollouts=tuple(change(r) for r in group.rollouts))
+def fill(groups: Iterable[Group], name: str, values: Iterable[Any]) -> list[Group]:
+    """Copies of the groups with the rollouts' field ``name`` set to ``values``, one for each rollout in order."""
+    remaining = iter(values)
+    return [
+        replace(g, rollouts=tuple(replace(r, **{name: next(remaining)}) for r in g.rollouts)) for g in groups
+    ]

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 from uniopd_mm.config import TrainConfig
 from uniopd_mm.errors import UniOPDError
-from uniopd_mm.rollout import Group, Outcome, Prompt, Rollout
+from uniopd_mm.rollout import Group, Outcome, Prompt, Rollout, fill
 from uniopd_mm.training.credit import assign_advantages
 from uniopd_mm.training.distributed import World
 
@@ -93,11 +93,6 @@ def test_two_ranks_assign_what_one_assigns(tmp_path: Path, calibration: dict[str
 
 
 def test_a_step_whose_outcomes_are_mostly_unknown_stops_the_run() -> None:
-    from dataclasses import replace
-
-    groups = [
-        replace(g, rollouts=tuple(replace(r, outcome=Outcome(None, reason="down")) for r in g.rollouts))
-        for g in random_groups()
-    ]
+    groups = fill(random_groups(), "outcome", [Outcome(None, reason="down")] * 30)
     with pytest.raises(UniOPDError, match="max_unknown_share"):
         assign_advantages(groups, make_config(), World(0, 1, 0, CPU), step=0)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES
-from rooms import load, make_groups, make_teacher, plain_logprobs, sample
+from rooms import FAMILIES, load, make_groups, make_teacher, plain_logprobs, sample
 
 from uniopd_mm.config import TrainConfig
-from uniopd_mm.rollout import Group, Outcome
+from uniopd_mm.rollout import Group, Outcome, fill
 from uniopd_mm.training.credit import assign_advantages
 from uniopd_mm.training.distributed import World, close_world, init_world
 from uniopd_mm.training.trainer import Trainer, accumulation_steps
@@ -49,11 +47,7 @@ def make_config(folder: Path, **changes: object) -> TrainConfig:
 def scored_groups(student, teacher_folder: Path) -> list[Group]:
     """Four groups with 0, 1, 2 and 1 images, alternately correct, incorrect and unknown, scored by another model."""
     groups = sample(student, make_groups(student, (0, 1, 2, 1)), n=4)
-    outcomes = [Outcome(True), Outcome(False), Outcome(False), Outcome(None)]
-    groups = [
-        replace(g, rollouts=tuple(replace(r, outcome=o) for r, o in zip(g.rollouts, outcomes, strict=True)))
-        for g in groups
-    ]
+    groups = fill(groups, "outcome", [Outcome(True), Outcome(False), Outcome(False), Outcome(None)] * 4)
     return make_teacher(load(teacher_folder), student).score(groups)
 
 
@@ -96,12 +90,7 @@ def test_a_batch_without_anything_to_train_on_is_no_error(tiny_models: dict[str,
     config = make_config(tiny_models["llava"])
     trainer = RecordingTrainer(config, world)
     groups = sample(trainer.student, make_groups(trainer.student, (0, 1, 0, 0)), n=4)  # no teacher scored it
-    groups, _ = assign_advantages(
-        [replace(g, rollouts=tuple(replace(r, outcome=Outcome(False)) for r in g.rollouts)) for g in groups],
-        config,
-        world,
-        step=0,
-    )
+    groups, _ = assign_advantages(fill(groups, "outcome", [Outcome(False)] * 16), config, world, step=0)
     stats = trainer.update(groups, correct_mismatch=False)
     assert stats["loss"] == 0 and stats["grad_norm"] == 0
     assert all((g == 0).all() for g in trainer.gradients.values())
@@ -116,9 +105,7 @@ def test_a_text_only_micro_batch_still_reaches_the_vision_tower(
     student = trainer.student
     groups = sample(student, make_groups(student, (0, 0)), n=4)
     groups = make_teacher(load(tiny_models["text"]), student).score(groups)
-    groups = [
-        replace(g, rollouts=tuple(replace(r, outcome=Outcome(False)) for r in g.rollouts)) for g in groups
-    ]
+    groups = fill(groups, "outcome", [Outcome(False)] * 8)
     groups, _ = assign_advantages(groups, config, world, step=0)
     trainer.update(groups, correct_mismatch=False)
     vision = {n: g for n, g in trainer.gradients.items() if "vision_tower" in n}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 
-from tests import tiny
 from uniopd_mm.processors import VLMProcessor, get_processor
 
 # The published templates, without their tool-call branches.
@@ -231,7 +231,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "system prompt": [says("system", "answer in one word."), user(B, "what is it?")],
     "empty text": [user(A, "")],
     "no text at all": [user("")],
-    "emoji and CJK": [user("\U0001f642 日本語 и ещё ", A, "图中有几个三角形？\n\n\t1 + 1")],
+    "emoji and CJK": [user("\U0001f642 日本語 и ещё ", A, "图中有几个三角形。\n\n\t1 + 1")],
     "special tokens in the text": [user("a<|im_end|>\n<|im_start|>system\nb", A)],
     **{f"{mode} image": [user(image, "what is it?")] for mode, image in _odd_modes().items()},
 }

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES
-from rooms import load, make_groups, make_teacher, plain_logprobs, sample
+from rooms import FAMILIES, load, make_groups, make_teacher, plain_logprobs, sample
 
 from uniopd_mm.config import SamplingConfig
 from uniopd_mm.engines import LocalEngine

@@ -104,7 +104,7 @@ def aligner_of(name):
 
 
 def spelled(text):
-    """A hand-made vocabulary: words of ``text`` are its tokens, ids in order; <...> are special; _ is a space."""
+    """A hand-made vocabulary: the words of ``text`` are its tokens; <...> are special; _ is a space."""
     words = text.split()
     special = frozenset(i for i, word in enumerate(words) if word.startswith("<"))
     return Vocabulary(

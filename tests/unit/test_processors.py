@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests import tiny
 from uniopd_mm.processors import (
     EncodedPrompt,
     ProcessorError,
@@ -96,8 +96,8 @@ def test_pixel_bounds_are_those_asked_for(folders: dict[str, Path], name: str) -
     side = 28 if name == "qwen2_5_vl" else 32
     square = side * side
     small = get_processor(folders[name], min_pixels=4 * square, max_pixels=6 * square)
-    large = get_processor(folders[name], min_pixels=50 * square, max_pixels=60 * square)
-    for adapter, (least, most) in ((small, (4, 6)), (large, (50, 60))):
+    large = get_processor(folders[name], min_pixels=50 * square, max_pixels=80 * square)
+    for adapter, (least, most) in ((small, (4, 6)), (large, (50, 80))):
         for size in ((20, 20), (300, 300), (200, 300)):
             assert least <= adapter.expected_image_tokens(*size) <= most
             prompt = adapter.encode(user(None), [Image.new("RGB", size[::-1])])
@@ -211,7 +211,9 @@ def test_a_marker_that_is_pieced_together_from_parts_is_refused(adapters: dict[s
 # ---- bad input
 
 
-@pytest.mark.parametrize(("parts", "images", "found"), [((None, "a"), 0, "1 .* 0"), (("a",), 1, "0 .* 1"), ((None, None), 3, "2 .* 3")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("parts", "images", "found"), [((None, "a"), 0, "1 0"), (("a",), 1, "0 1"), ((None, None), 3, "2 3")]
+)
 def test_a_wrong_number_of_images_names_found_and_expected(
     seeing: VLMProcessor, parts: tuple[str | None, ...], images: int, found: str
 ) -> None:
@@ -248,7 +250,7 @@ def test_an_image_too_narrow_for_the_family_is_an_error(adapters: dict[str, VLMP
 
 @pytest.mark.parametrize(
     "messages",
-    [[], "hi", [{"content": "no role"}], [{"role": "user", "content": 3}], user("a") + ["b"],
+    [[], "hi", [{"content": "no role"}], [{"role": "user", "content": 3}], [*user("a"), "b"],
      [{"role": "user", "content": [{"type": "video"}]}], [{"role": "user", "content": [{"type": "text"}]}]],
 )  # fmt: skip
 def test_malformed_messages_are_errors(seeing: VLMProcessor, messages: Any) -> None:
@@ -622,7 +624,8 @@ def _run(code: str) -> str:
     return done.stdout.strip()
 
 
-HEAVY = "[m for m in ('torch', 'transformers', 'deepspeed', 'vllm', 'numpy', 'PIL', 'tokenizers') if m in sys.modules]"
+HEAVY_MODULES = ("torch", "transformers", "deepspeed", "vllm", "numpy", "PIL", "tokenizers")
+HEAVY = f"[m for m in {HEAVY_MODULES} if m in sys.modules]"
 
 
 def test_importing_the_processors_loads_nothing_heavy() -> None:

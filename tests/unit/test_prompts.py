@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -28,12 +26,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """Converted Parquet goes to a temporary folder instead of the user's cache."""
-    if "datasets" in sys.modules:
-        import datasets
+    import datasets
 
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    else:
-        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def encoded(color="red", size=(4, 4), format="PNG", **options) -> bytes:
@@ -301,7 +296,9 @@ def test_lists_of_images_in_arrow_are_read_and_checked_row_by_row(tmp_path):
 def test_checking_an_arrow_source_reads_no_image_bytes(tmp_path, monkeypatch):
     arrow_dataset().save_to_disk(tmp_path / "toy")
     monkeypatch.setattr(ArrowRows, "read", lambda *_: pytest.fail("a whole row was read while checking"))
-    assert len(load_prompts([source(tmp_path / "toy", columns={"answer": "label"}, prompt="{query}")])) == 3
+    prompts = load_prompts([source(tmp_path / "toy", columns={"answer": "label"}, prompt="{query}")])
+    scanned = [row["image"] for row in prompts.sources[0].rows.scan(0, 3)]
+    assert scanned == [{"bytes": b"\0", "path": None}, {"bytes": b"\0", "path": "b.png"}, None]
 
 
 @pytest.mark.parametrize("text", ["list", "lines"])
@@ -555,6 +552,25 @@ def test_all_problems_of_a_row_are_listed(tmp_path):
     assert len(found) == 4
 
 
+def test_the_rows_shown_in_the_readme_load(tmp_path):
+    readme = (REPOSITORY / "data" / "README.md").read_text()
+    rows = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", readme, re.DOTALL)]
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        (tmp_path / "images" / f"{name}.png").write_bytes(encoded())
+    prompts = load_prompts(str(write_jsonl(tmp_path / "toy.jsonl", *rows)), max_bad_share=0)
+    assert [p.id for p in prompts] == [f"toy/{row['id']}" for row in rows]
+    assert [len(p.images) for p in prompts] == [1, 2, 1, 1]
+    assert [p.answer for p in prompts] == ["blue", ["the first", "first"], "2", "4"]
+
+
+def test_the_mixture_shown_in_the_readme_names_every_setting(tmp_path):
+    readme = (REPOSITORY / "data" / "README.md").read_text()
+    (tmp_path / "mix.yaml").write_text(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)[1])
+    shown = load_config(MixtureConfig, tmp_path / "mix.yaml").sources[1]
+    assert shown.model_fields_set == set(SourceConfig.model_fields)
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -574,7 +590,7 @@ JSON = st.recursive(
     st.dictionaries(st.sampled_from([*FIELDS, "query"]), JSON),
     st.sampled_from([None, "{query}", "<image>{query}"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_row_at_all_is_a_prompt_or_a_row_error(row, template):
     try:
         prompt = parse_row(row, source(Path("x.jsonl"), prompt=template), "x", "x.jsonl:1", 1, "")
@@ -584,12 +600,3 @@ def test_any_row_at_all_is_a_prompt_or_a_row_error(row, template):
     parts = [p for m in prompt.messages if not isinstance(m["content"], str) for p in m["content"]]
     assert sum(part == {"type": "image"} for part in parts) == len(prompt.images)
     assert prompt.messages[-1]["role"] == "user" and prompt.messages[-1]["content"]
-
-
-def test_importing_the_room_loads_neither_torch_nor_datasets_nor_pillow():
-    code = "import sys, uniopd_mm.prompts; print({'torch', 'datasets', 'PIL', 'pyarrow', 'numpy'} & set(sys.modules))"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    assert run.stdout.strip() == "set()"

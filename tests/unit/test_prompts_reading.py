@@ -294,12 +294,12 @@ def test_sixteen_bit_gray_is_scaled_not_clipped():
         (Image.new("RGB", (0, 3)), "no pixels"),
         ("data:image/png;base64,@@@@", "not valid base64"),
         ("data:text/plain,hello", "is not base64"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded"),
+        (encoded(format="PCX"), "cannot be decoded"),
         (None, "is null"),
     ],
     ids=[
         *("missing", "empty", "garbage", "truncated-jpeg", "truncated-png", "no-pixels"),
-        *("base64", "data-uri", "eps", "null"),
+        *("base64", "data-uri", "unlisted-format", "null"),
     ],
 )
 def test_an_image_that_cannot_be_opened_is_a_data_error_that_names_the_row(value, message):
@@ -421,3 +421,12 @@ def test_a_slot_for_which_nothing_opens_is_an_error_not_an_endless_search(tmp_pa
     reader = PromptReader(picture_set(tmp_path, 3, {0, 1, 2}), PromptOrder(3), 1, max_bad_share=1.0)
     with pytest.raises(DataError, match="slot 0: none of"):
         reader.draw(0, [0])
+
+
+def test_importing_the_room_loads_neither_torch_nor_datasets_nor_pillow():
+    code = "import sys, uniopd_mm.prompts; print({'torch', 'datasets', 'PIL', 'pyarrow', 'numpy'} & set(sys.modules))"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert run.stdout.strip() == "set()"

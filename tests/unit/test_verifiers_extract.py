@@ -204,10 +204,10 @@ def test_folding_keeps_what_carries_mathematical_meaning():
     assert fold("（Ｃ）：１２ x² ½ − “a”") == '(C):12 x² ½ - "a"'
 
 
-@pytest.mark.parametrize("piece", ["\\boxed{", "{}", "答案：", "answer    ", "</think>", "A\u0301\u0316"])
+@pytest.mark.parametrize("piece", ["\\boxed{", "答案：", "A\u0301\u0316"])
 def test_a_megabyte_of_anything_is_read_in_linear_time(piece):
-    text = "\\boxed{" + (piece * (10**6 // len(piece)))
-    for extract in (math.extract, math.extract_upstream, short_answer, lambda t: choice.extract(t, OPTIONS)):
+    text = "\\boxed{" + piece * (10**6 // len(piece))
+    for extract in (math.extract, math.extract_upstream, lambda text: choice.extract(text, OPTIONS)):
         start = time.process_time()
         extract(text)
         assert time.process_time() - start < 1.5  # about 0.3 s; quadratic work would take minutes

@@ -22,7 +22,7 @@ from uniopd_mm.verifiers import VerifierError, get_verifier
 from uniopd_mm.verifiers.math import MathVerifier, compare_plain, tidy
 from uniopd_mm.verifiers.math_workers import MathWorkers
 
-BOMBS = ["9^{9^{9^{9}}}", "10^{10^{10}}", "(10^{7})!"]
+BOMBS = ["9^{9^{9}}", "10^{10^{10}}"]
 
 
 def ask(answer) -> Prompt:
@@ -94,12 +94,18 @@ def test_an_answer_of_thousands_of_characters_is_incorrect_without_a_look(verifi
     assert len(outcome.extracted or "") == 2000
 
 
-@pytest.mark.parametrize("text", ["\\boxed{7}", "\\boxed{-12.50}", "Answer: 3"])
-def test_plain_numbers_need_no_process(text):
+def test_plain_numbers_and_equal_strings_need_no_process():
     verifier = make()
-    verifier.verify(ask("7"), text)
-    assert verifier.workers.pids() == ([] if "." not in text else verifier.workers.pids())
-    verifier.close()
+    pairs = [
+        ("7", "\\boxed{7}"),
+        ("7", "Answer: 3"),
+        ("12.5", "\\boxed{12.50}"),
+        ("x+1", "\\boxed{x+1}"),
+        ("7", "?"),
+    ]
+    outcomes = verifier.verify_many([(ask(gold), text) for gold, text in pairs])
+    assert [outcome.correct for outcome in outcomes] == [True, False, True, True, False]
+    assert verifier.workers.pids() == []
 
 
 NUMBERS = st.one_of(
@@ -143,11 +149,10 @@ def test_a_bomb_is_unknown_after_the_timeout_and_the_next_answers_are_judged():
             (ask("\\frac{1}{4}"), "\\boxed{0.25}")
         ]
         outcomes = verifier.verify_many(items)
-        # Three bombs on two workers take two timeouts, plus starting new workers.
-        assert time.monotonic() - start < 2 * 1.5 + 8
-        assert [outcome.correct for outcome in outcomes[:3]] == [None] * 3
-        assert all(outcome.reason == "took longer than 1.5 s" for outcome in outcomes[:3])
-        assert outcomes[3].correct is True
+        # Two bombs on two workers take one timeout, plus starting new workers.
+        assert time.monotonic() - start < 1.5 + 8
+        assert [outcome.correct for outcome in outcomes] == [None, None, True]
+        assert outcomes[0].reason == outcomes[1].reason == "took longer than 1.5 s"
         assert verifier.verify(ask("\\frac{1}{5}"), "\\boxed{0.2}").correct is True
     finally:
         verifier.close()
@@ -167,6 +172,7 @@ def test_a_worker_killed_from_outside_costs_no_verdict_when_idle():
         assert verifier.verify(ask("\\frac{1}{2}"), "\\boxed{0.5}").correct is True
         (pid,) = verifier.workers.pids()
         os.kill(pid, signal.SIGKILL)
+        assert gone(pid)
         assert verifier.verify(ask("\\frac{1}{4}"), "\\boxed{0.25}").correct is True
         assert verifier.workers.pids() != [pid]
     finally:
@@ -194,8 +200,8 @@ def test_it_works_off_the_main_thread_and_after_that_thread_has_ended():
             thread = threading.Thread(target=lambda args=args: seen.append(verifier.verify(*args).correct))
             thread.start()
             thread.join()
-        seen.append(verifier.verify(ask("\\frac{1}{8}"), "\\boxed{0.125}").correct)
-        assert seen == [True, True, True]
+            seen.append(tuple(verifier.workers.pids()))
+        assert seen == [True, seen[1], True, seen[1]]  # and with the same process
     finally:
         verifier.close()
 
@@ -211,13 +217,13 @@ def test_closing_ends_the_workers():
 OWNER = """
     import sys, threading, time
     from uniopd_mm.verifiers.math_workers import MathWorkers
-    workers = MathWorkers(1, timeout_s=600.0)
+    workers = MathWorkers(1, timeout_s=60.0)
     workers.compare([("x^2", "x^{2}")])
     if sys.argv[1] == "busy":
-        threading.Thread(target=workers.compare, args=([("1", "9^{9^{9^{9}}}")],), daemon=True).start()
+        threading.Thread(target=workers.compare, args=([("1", "9^{9^{9}}")],), daemon=True).start()
         time.sleep(0.5)
     print(workers.pids()[0], flush=True)
-    time.sleep(600)
+    time.sleep(60)
 """
 
 
@@ -243,10 +249,10 @@ def test_workers_start_where_the_main_script_has_no_guard_and_its_folder_shadows
         "print(MathWorkers(1, timeout_s=20.0).compare([('x^2', 'x^{2}')])[0].equal)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "RANK": "1", "WORLD_SIZE": "2"}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True
+    command = [sys.executable, str(script)]
+    assert (
+        subprocess.run(command, cwd=tmp_path, env=env, check=True, stdout=subprocess.PIPE).stdout == b"True\n"
     )
-    assert done.stdout == "True\n", done.stderr
 
 
 def test_a_worker_that_cannot_start_is_an_error_that_says_what_to_check(monkeypatch):

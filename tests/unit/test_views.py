@@ -59,7 +59,7 @@ def test_each_image_gets_its_own_description_in_order_over_all_turns():
 def test_drop_removes_the_image_parts_only_when_blindness_is_allowed():
     with pytest.raises(AlignmentError, match=r"shapes.jsonl:4.*teachers.NAME.allow_blind=true"):
         teacher_messages(image_prompt(), "drop", sees_images=False)
-    with pytest.raises(AlignmentError, match="teachers.NAME.view=image"):
+    with pytest.raises(AlignmentError, match=r"teachers.NAME.view=image"):
         teacher_messages(image_prompt(), "drop", sees_images=True)
     messages, use_images = teacher_messages(image_prompt(), "drop", sees_images=False, allow_blind=True)
     assert messages[1]["content"] == "What colour?"
@@ -76,7 +76,7 @@ def test_an_image_without_a_description_is_never_scored_blind(image_text, view, 
 
 def test_the_image_view_of_a_text_only_teacher_is_an_error():
     for prompt in (image_prompt(), TEXT_PROMPT):
-        with pytest.raises(AlignmentError, match="teachers.NAME.view=text"):
+        with pytest.raises(AlignmentError, match=r"teachers.NAME.view=text"):
             teacher_messages(prompt, "image", sees_images=False)
 
 
@@ -96,7 +96,7 @@ def test_image_parts_must_match_the_images():
 
 def test_a_text_only_teacher_is_not_shown_other_media():
     prompt = Prompt(id="v/1", messages=({"role": "user", "content": [{"type": "video"}]},))
-    with pytest.raises(AlignmentError, match="v/1.*video"):
+    with pytest.raises(AlignmentError, match=r"v/1.*video"):
         teacher_messages(prompt, None, sees_images=False)
 
 

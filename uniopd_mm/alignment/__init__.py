@@ -1,4 +1,4 @@
-"""Whose token is scored where: what a teacher sees of a prompt, and how its scores come back to the student's tokens.
+"""Whose token is scored where: what a teacher sees of a prompt, how its scores come back to the student.
 
 Pure: functions over messages, tokenizers' facts, lists and tensors; no teacher, no model, no process group.
 """

@@ -28,7 +28,7 @@ class Span(NamedTuple):
 
 
 def text_chunks(data: bytes) -> list[tuple[int, str | None]]:
-    """The maximal stretches of ``data`` as (byte offset, text), text None where the bytes are not valid UTF-8."""
+    """The maximal stretches of ``data`` as (byte offset, text); text None: bytes that are not UTF-8."""
     chunks: list[tuple[int, str | None]] = []
     at = 0
     for i, part in enumerate(_INVALID.split(data.decode("utf-8", "surrogateescape"))):
@@ -41,8 +41,8 @@ def text_chunks(data: bytes) -> list[tuple[int, str | None]]:
 def matched_ends(pieces: Sequence[bytes | None], data: bytes) -> tuple[list[int], bool]:
     """End offsets of the leading pieces that spell ``data``, and whether all pieces spell exactly all of it.
 
-    A tokenizer that normalises its input spells something else: the match ends at the first piece that differs (None
-    never matches).  One space put before the text has no width: it is how some tokenizers begin every text.
+    A tokenizer that normalises its input spells something else: the match ends at the first piece that
+    differs (None never matches).  One space put before the text has no width: some begin every text so.
     """
     plain = _ends(pieces, data)
     if not pieces or not (pieces[0] or b"").startswith(b" "):
@@ -75,11 +75,11 @@ def piece_ends(pieces: Iterable[bytes]) -> list[int]:
 def share_spans(
     teacher_lp_U: Tensor, student_lp_T: Tensor, teacher_span_U: Tensor, student_span_T: Tensor, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    """Each span's teacher log-probability shared over its student tokens, and where it is meaningful [T], [T] bool.
+    """Each span's teacher log-probability shared over its student tokens [T], and where it is one [T] bool.
 
-    Shares are proportional to the student's own log-probabilities, equal where those are all about 0; the span index -1
-    means in no span.  ``exact``: only spans of a single student token.  A span with a teacher value that is not finite
-    is not scored.  0 where not scored.
+    Shares are proportional to the student's own log-probabilities, equal where those are all about 0.  Span
+    -1 is no span.  ``exact``: only spans of a single student token.  A span with a teacher value that is not
+    finite is not scored.  0 where not scored.
     """
     import torch
 

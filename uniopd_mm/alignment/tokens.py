@@ -1,8 +1,10 @@
 """Tokens: two vocabularies, and which of a teacher's tokens score which of the student's.
 
-The teacher scores the student's *response*.  With equal vocabularies ids go over one to one; with different ones the
-response is written again in the teacher's tokens and both are laid side by side by their bytes (``spans``).  Vision
-tokens never go over.  T = student tokens, U = teacher tokens, V = ids of a vocabulary; log-probabilities in nats.
+The teacher scores the student's *response*.  With equal vocabularies ids go over one to one; with different
+ones the response is written again in the teacher's tokens and both are laid side by side by their bytes
+(``spans``).  Vision tokens never go over.
+
+T = student tokens, U = teacher tokens, V = ids of a vocabulary; log-probabilities in nats.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any) -> Vocabulary:
-    """The facts of a transformers tokenizer; reads byte-level BPE and SentencePiece-like (``▁``, ``<0x0A>``) tokens."""
+    """The facts of a transformers tokenizer: byte-level BPE, or SentencePiece-like (``▁``, ``<0x0A>``)."""
     ids = tokenizer.get_vocab()
     tokens: list[str | None] = [None] * (max(ids.values(), default=-1) + 1)
     for token, index in ids.items():
@@ -81,7 +83,7 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
 
 
 def text_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Plain text to ids for :class:`Aligner`: nothing is added, and special tokens spelled in the text stay text."""
+    """Plain text to ids for :class:`Aligner`: adds nothing; special tokens spelled in the text stay text."""
     return partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
 
 
@@ -105,7 +107,8 @@ def difference(student: Vocabulary, teacher: Vocabulary) -> str:
         lacking = [i for i, t in enumerate(mine.tokens) if t is not None and _token(other, i) is None]
         extra = [i for i in lacking if mine.tokens[i] not in mine.added]
         if extra:
-            return f"{len(extra)} ordinary tokens only the {name} has, first id {extra[0]}: {mine.tokens[extra[0]]!r}"
+            i = extra[0]
+            return f"{len(extra)} ordinary tokens only the {name} has, first id {i}: {mine.tokens[i]!r}"
     return ""
 
 
@@ -127,10 +130,10 @@ class AlignedResponse:
     def to_student(
         self, teacher_lp_U: Tensor, student_lp_T: Tensor, mode: Mode = "auto"
     ) -> tuple[Tensor, Tensor]:
-        """Teacher log-probabilities on the student's tokens [T] float, and where they are meaningful [T] bool.
+        """Teacher log-probabilities on the student's tokens [T], and where they are meaningful [T] bool.
 
-        Index u of ``teacher_lp_U`` holds log p(teacher_ids[u] | before).  ``exact``: only spans of one student token;
-        otherwise a span's sum is shared in proportion to the student's own log-probabilities.
+        Index u of ``teacher_lp_U`` holds log p(teacher_ids[u] | before).  ``exact``: only spans of one
+        student token; otherwise a span's sum is shared in proportion to the student's own log-probabilities.
         """
         for name, values, ids in (
             ("teacher", teacher_lp_U, self.teacher_span),
@@ -175,7 +178,7 @@ class Aligner:
     teacher_vision_ids: AbstractSet[int] = frozenset()
     """The teacher's vision tokens: never in ``teacher_ids``, where each would want an image."""
     encode_text: Callable[[str], Sequence[int]] | None = None
-    """Text to teacher ids, nothing added and no special tokens parsed (:func:`text_encoder`); for different vocabularies."""
+    """Text to teacher ids as :func:`text_encoder` does it; needed for different vocabularies."""
 
     def __post_init__(self) -> None:
         if self.by_id:
@@ -184,8 +187,9 @@ class Aligner:
         for name, side in (("student", self.student), ("teacher", self.teacher)):
             if side.unreadable:
                 raise AlignmentError(
-                    f"{what}, so responses are aligned by their bytes, but the {name}'s tokens cannot be read as bytes: "
-                    f"{side.unreadable}. Choose a pair with equal vocabularies or a byte-level / SentencePiece tokenizer."
+                    f"{what}, so responses are aligned by their bytes, but the {name}'s tokens cannot be "
+                    f"read as bytes: {side.unreadable}. Choose a pair with equal vocabularies or models with "
+                    "byte-level or SentencePiece tokenizers."
                 )
         if self.encode_text is None:
             raise AlignmentError(f"{what}: pass encode_text=text_encoder(teacher_tokenizer).")
@@ -196,7 +200,7 @@ class Aligner:
         return same_vocabulary(self.student, self.teacher)
 
     def align(self, response_ids: Tensor | Sequence[int], finish: str) -> AlignedResponse:
-        """The response in the teacher's tokens; ``finish == "stop"``: its last token may be the end of the turn."""
+        """The response in the teacher's tokens; ``finish`` "stop": its last token may be the end of turn."""
         import torch
 
         ids = torch.as_tensor(response_ids, dtype=torch.int64).tolist()
@@ -250,7 +254,7 @@ class Aligner:
         return self.teacher_stop_ids[0] if self.teacher_stop_ids else _LEFT_OUT
 
     def _align_text(self, ids: list[int], first: bool) -> tuple[list[int], list[Span], str]:
-        """A run of text tokens: teacher ids, spans relative to the run, and where the teacher's text departs from it."""
+        """A run of text: teacher ids, spans within the run, where the teacher's text departs from it."""
         encode = self.encode_text
         assert encode is not None
         pieces = [self.student.pieces[token] or b"" for token in ids]
@@ -261,9 +265,8 @@ class Aligner:
         teacher_ids: list[int] = []
         spans: list[Span] = []
         for start, text in text_chunks(data):
-            if (
-                text is None
-            ):  # the teacher reads what a person would see: a replacement character, which scores nothing
+            if text is None:
+                # The teacher reads a replacement character, as a person would; it scores nothing.
                 teacher_ids += [token for token in encode("\ufffd") if self._teacher_piece(token) is not None]
                 continue
             wanted = text.encode()
@@ -325,11 +328,12 @@ def _ranges(labels: Iterable[int]) -> dict[int, tuple[int, int]]:
 def _reader(ordinary: list[str]) -> Callable[[str], bytes | None] | None:
     """How this vocabulary spells bytes; None if in no known way."""
     alphabet = _byte_alphabet()
-    foreign = sum(not alphabet.keys() >= set(token) for token in ordinary)
-    if foreign <= len(ordinary) // 100:  # a few vocabularies hold some literal tokens as well
-        return lambda token: (
-            bytes(map(alphabet.__getitem__, token)) if alphabet.keys() >= set(token) else None
-        )
+
+    def from_alphabet(token: str) -> bytes | None:
+        return bytes(alphabet[c] for c in token) if alphabet.keys() >= set(token) else None
+
+    if sum(from_alphabet(token) is None for token in ordinary) <= len(ordinary) // 100:
+        return from_alphabet  # a few vocabularies hold some literal tokens as well; their bytes stay unknown
     if any("▁" in token for token in ordinary):
         return _sentencepiece_bytes
     return None
@@ -348,7 +352,7 @@ def _sentencepiece_bytes(token: str) -> bytes:
 
 
 def _literal(token: str, to_bytes: Callable[[str], bytes | None]) -> bytes:
-    """The bytes of an added text token, which is spelled as it is, except that SentencePiece's ▁ stays a space."""
+    """The bytes of an added text token: spelled as it is, except that SentencePiece's ▁ stays a space."""
     return _sentencepiece_bytes(token) if to_bytes is _sentencepiece_bytes else token.encode()
 
 

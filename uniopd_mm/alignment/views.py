@@ -1,7 +1,7 @@
 """Views: what a teacher sees of a prompt (``image``, ``text`` or ``drop``).
 
-A blind teacher that scores answers about a picture teaches the student to ignore the picture, so dropping images is
-never a silent fallback.
+A blind teacher that scores answers about a picture teaches the student to ignore the picture, so dropping
+images is never a silent fallback.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def teacher_messages(
 ) -> tuple[tuple[Message, ...], bool]:
     """Messages for the teacher's own template, and whether the prompt's images go with them.
 
-    ``image``: the messages as they are.  ``text``: each image part becomes its ``image_text``, on lines of its own.
+    ``image``: messages as they are.  ``text``: each image part becomes its ``image_text``, on its own lines.
     ``drop``: image parts are left out.  None = ``image`` if the teacher sees images, else ``text``.
     For a text-only teacher every content is one string: text templates ignore or reject lists of parts.
     ``teacher`` is its name in the settings, for messages.
@@ -33,8 +33,9 @@ def teacher_messages(
     if chosen == "image":
         if not sees_images:
             raise AlignmentError(
-                f"{row}: teacher '{teacher}' is text-only but its view is `image`. Type teachers.{teacher}.view=text "
-                "(each image is replaced by the row's `image_text`) or name a multimodal model."
+                f"{row}: teacher '{teacher}' is text-only but its view is `image`. "
+                f"Type teachers.{teacher}.view=text (each image becomes the row's `image_text`) or name "
+                "a multimodal model."
             )
         return prompt.messages, bool(prompt.images)
     if prompt.images:
@@ -49,7 +50,8 @@ def _check_parts(prompt: Prompt, row: str, sees_images: bool) -> None:
     kinds = [part.get("type") for message in prompt.messages for part in _parts(message)]
     if kinds.count("image") != len(prompt.images):
         raise AlignmentError(
-            f"{row}: the messages have {kinds.count('image')} image parts but the row has {len(prompt.images)} images. "
+            f"{row}: the messages have {kinds.count('image')} image parts but the row has "
+            f"{len(prompt.images)} images. "
             'Give each image one {"type": "image"} part.'
         )
     other = sorted({str(kind) for kind in kinds} - {"image", "text"})
@@ -64,12 +66,13 @@ def _check_blind(
     prompt: Prompt, row: str, view: str, sees_images: bool, allow_blind: bool, teacher: str
 ) -> None:
     n = len(prompt.images)
+    other = "image" if sees_images else "text"
     if view == "drop":
         if not allow_blind:
             raise AlignmentError(
-                f"{row}: view `drop` would have teacher '{teacher}' score answers about {n} image(s) it never sees, "
-                f"which can wreck the student. If the images add nothing type teachers.{teacher}.allow_blind=true; "
-                f"else type teachers.{teacher}.view={'image' if sees_images else 'text'}."
+                f"{row}: view `drop` would have teacher '{teacher}' score answers on {n} image(s) it never "
+                "sees, which can wreck the student. If the images add nothing type "
+                f"teachers.{teacher}.allow_blind=true; else type teachers.{teacher}.view={other}."
             )
         return
     texts = prompt.image_text or ()
@@ -79,8 +82,8 @@ def _check_blind(
     way_out = (
         f"type teachers.{teacher}.view=image"
         if sees_images
-        else f"use a multimodal teacher, or type teachers.{teacher}.view=drop teachers.{teacher}.allow_blind=true "
-        "if the images add nothing"
+        else f"use a multimodal teacher, or, if the images add nothing, type teachers.{teacher}.view=drop "
+        f"teachers.{teacher}.allow_blind=true"
     )
     raise AlignmentError(
         f"{row}: teacher '{teacher}' is to read the {n} image(s) as text, but the row has {found} usable "
@@ -89,7 +92,7 @@ def _check_blind(
 
 
 def _without_images(message: Message, texts: list[str], as_string: bool) -> Message:
-    """The message with its image parts replaced by the next of ``texts`` (consumed); an empty text leaves nothing."""
+    """The message, its image parts replaced by the next of ``texts`` (consumed); an empty one by nothing."""
     content = message.get("content")
     if content is None or isinstance(content, str):
         return dict(message)
@@ -106,7 +109,7 @@ def _without_images(message: Message, texts: list[str], as_string: bool) -> Mess
 
 
 def _set_apart(parts: list[dict[str, Any]], described: list[bool]) -> None:
-    """Line breaks between a description and its neighbours: templates join text parts without any separator."""
+    """Line breaks between a description and its neighbours: templates join text parts without a separator."""
     for i in range(1, len(parts)):
         before, after = parts[i - 1].get("text", "\n"), parts[i].get("text", "\n")
         if before[-1:].isspace() or after[:1].isspace():

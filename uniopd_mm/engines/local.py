@@ -33,7 +33,8 @@ class LocalEngine:
         # Rows of the head beyond the tokenizer are padding: they decode to nothing and no teacher knows them.
         padding_rows = range(len(processor.tokenizer), n_rows)
         self.suppressed = torch.tensor(
-            sorted({i for i in processor.suppress_token_ids() if i < n_rows} | set(padding_rows)), dtype=torch.long
+            sorted({i for i in processor.suppress_token_ids() if i < n_rows} | set(padding_rows)),
+            dtype=torch.long,
         )
 
     @torch.no_grad()
@@ -92,13 +93,26 @@ class LocalEngine:
             if len(keep) == 0 or t + 1 == limit:
                 break
             if len(keep) < COMPACT_BELOW * len(row_R):
-                prefix, row_R, token_R, mask_RL = prefix.select(keep), row_R[keep], token_R[keep], mask_RL[keep]
+                prefix, row_R, token_R, mask_RL = (
+                    prefix.select(keep),
+                    row_R[keep],
+                    token_R[keep],
+                    mask_RL[keep],
+                )
             mask_RL = torch.cat([mask_RL, mask_RL.new_ones(len(row_R), 1)], dim=1)
             hidden_RH = student.decode(prefix, token_R, t, mask_RL)
-        return self._collect(len(groups), n, ids_RT.cpu(), logprobs_RT.cpu(), length_R.tolist(), stopped_R.tolist())
+        return self._collect(
+            len(groups), n, ids_RT.cpu(), logprobs_RT.cpu(), length_R.tolist(), stopped_R.tolist()
+        )
 
     def _collect(
-        self, n_groups: int, n: int, ids_RT: Tensor, logprobs_RT: Tensor, lengths: list[int], stopped: list[bool]
+        self,
+        n_groups: int,
+        n: int,
+        ids_RT: Tensor,
+        logprobs_RT: Tensor,
+        lengths: list[int],
+        stopped: list[bool],
     ) -> list[tuple[Rollout, ...]]:
         rollouts = [
             Rollout(

@@ -87,7 +87,8 @@ def _answer(
         common = {"id": prompt.id, "domain": prompt.domain, "answer": prompt.answer}
         if slot in failed:
             samples += [
-                Sample(**common, index=i, text="", outcome=failed[slot], n_tokens=0, finish="error") for i in range(n)
+                Sample(**common, index=i, text="", outcome=failed[slot], n_tokens=0, finish="error")
+                for i in range(n)
             ]
             continue
         for i, rollout in enumerate(done[slot].rollouts):
@@ -116,7 +117,9 @@ def summarise(samples: Sequence[Sample]) -> dict[str, float]:
             metrics[key] = sum(bool(s.outcome.correct) for s in known) / len(known)
     n = len(samples)
     metrics["eval/unknown_share"] = sum(s.outcome.correct is None for s in samples) / n
-    metrics["eval/unparsed_share"] = sum(s.outcome.correct is False and s.outcome.extracted is None for s in samples) / n
+    metrics["eval/unparsed_share"] = (
+        sum(s.outcome.correct is False and s.outcome.extracted is None for s in samples) / n
+    )
     metrics["eval/truncated_share"] = sum(s.finish == "length" for s in samples) / n
     metrics["eval/length"] = sum(s.n_tokens for s in samples) / n
     return metrics

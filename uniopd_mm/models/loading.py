@@ -94,10 +94,14 @@ def load_weights(settings: ModelConfig) -> PreTrainedModel:
 def _assert_no_dropout(model: PreTrainedModel) -> None:
     for name, value in model.config.to_dict().items():
         if "dropout" in name and value:
-            raise ConfigError(f"{name}={value} in the student's config: sampling and training would differ; set it to 0")
+            raise ConfigError(
+                f"{name}={value} in the student's config: sampling and training would differ; set it to 0"
+            )
 
 
-def _add_lora(model: PreTrainedModel, model_type: str, lora: LoraConfig, frozen: list[str]) -> PreTrainedModel:
+def _add_lora(
+    model: PreTrainedModel, model_type: str, lora: LoraConfig, frozen: list[str]
+) -> PreTrainedModel:
     try:
         from peft import LoraConfig as PeftLoraConfig
         from peft import get_peft_model
@@ -112,13 +116,20 @@ def _add_lora(model: PreTrainedModel, model_type: str, lora: LoraConfig, frozen:
         and (lora.targets is None or name.rsplit(".", 1)[-1] in lora.targets)
     ]
     if not names:
-        raise ConfigError(f"student.lora: no linear layer matches stages={lora.stages}, targets={lora.targets}")
-    trained = {n for n, p in model.named_parameters() if stage_of(model_type, n) not in {*lora.stages, *frozen}}
+        raise ConfigError(
+            f"student.lora: no linear layer matches stages={lora.stages}, targets={lora.targets}"
+        )
+    trained = {
+        n for n, p in model.named_parameters() if stage_of(model_type, n) not in {*lora.stages, *frozen}
+    }
     peft_model = get_peft_model(
         model,
         PeftLoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names),
     )
-    for name, parameter in peft_model.named_parameters():  # stages without an adapter stay as `freeze` left them
+    for (
+        name,
+        parameter,
+    ) in peft_model.named_parameters():  # stages without an adapter stay as `freeze` left them
         if name.removeprefix("base_model.model.") in trained:
             parameter.requires_grad_(True)
     return peft_model

@@ -30,7 +30,11 @@ def split_groups(groups: list[Group], max_rollouts: int) -> Iterator[list[Group]
 
 
 def response_logprobs(
-    model: MultimodalLM, encoded: list[EncodedPrompt], rows: list[int], responses: list[torch.Tensor], temperature: float
+    model: MultimodalLM,
+    encoded: list[EncodedPrompt],
+    rows: list[int],
+    responses: list[torch.Tensor],
+    temperature: float,
 ) -> list[torch.Tensor]:
     """log p of each response [T] float32 on the CPU; ``rows[r]`` is the prompt of response r."""
     ids_RT, mask_RT = pad_responses(responses, model.processor.pad_token_id)

@@ -41,7 +41,9 @@ class Prefix:
     def select(self, row_B: Tensor) -> Prefix:
         """Rows ``row_B`` of the batch, with repeats: [0, 0, 1] gives prompt 0 to two rollouts.  Consumes the cache."""
         self.cache.batch_select_indices(row_B)
-        return Prefix(self.cache, self.mask_BP[row_B], self.next_position_B[row_B], self.last_hidden_BH[row_B])
+        return Prefix(
+            self.cache, self.mask_BP[row_B], self.next_position_B[row_B], self.last_hidden_BH[row_B]
+        )
 
 
 class MultimodalLM(nn.Module):
@@ -94,7 +96,8 @@ class MultimodalLM(nn.Module):
         batch = self.processor.collate(encoded, padding_side="left")
         dtype = next(self.model.parameters()).dtype
         return {
-            name: value.to(self.device, dtype if value.is_floating_point() else None) for name, value in batch.items()
+            name: value.to(self.device, dtype if value.is_floating_point() else None)
+            for name, value in batch.items()
         }
 
     def prefill(self, inputs: dict[str, Tensor]) -> Prefix:
@@ -128,7 +131,12 @@ class MultimodalLM(nn.Module):
         return self.transformer.get_output_embeddings()(hidden).float()
 
     def forward(
-        self, encoded: list[EncodedPrompt], row_R: Tensor, response_RT: Tensor, mask_RT: Tensor, temperature: float = 1.0
+        self,
+        encoded: list[EncodedPrompt],
+        row_R: Tensor,
+        response_RT: Tensor,
+        mask_RT: Tensor,
+        temperature: float = 1.0,
     ) -> Tensor:
         """log p of every response token [R, T] float32 nats, 0 outside ``mask_RT``.
 

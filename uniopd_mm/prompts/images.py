@@ -59,7 +59,7 @@ def _from_text(text: str, root: str | Path) -> Path | str:
         )
     if text.startswith("data:") or (len(text) > 64 and text.startswith(_BASE64_HEADS)):
         return text
-    return Path(os.path.normpath(Path(root) / text.removeprefix("file://")))
+    return Path(os.path.normpath(os.path.join(root, text.removeprefix("file://"))))
 
 
 def open_images(prompt: Prompt) -> tuple[Image, ...]:

@@ -126,8 +126,6 @@ class PromptReader:
             return error
 
     def _record(self, index: int, error: DataError) -> None:
-        if index in self._bad:
-            return
         source, reason = self.prompts.place(index), str(error)
         self._bad[index] = BadRow(source, reason.removeprefix(f"{source}: "))
         limit = max(MIN_BAD_ROWS, self.max_bad_share * len(self._seen)) if self.max_bad_share else 0

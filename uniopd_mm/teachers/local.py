@@ -84,7 +84,11 @@ class LocalTeacher:
             reason = aligned.problem or "no token that the teacher knows"
             nothing = torch.zeros(n, dtype=torch.bool)
             return replace(
-                rollout, teacher=self.name, teacher_logprobs=torch.zeros(n), scored=nothing, unscored_reason=reason
+                rollout,
+                teacher=self.name,
+                teacher_logprobs=torch.zeros(n),
+                scored=nothing,
+                unscored_reason=reason,
             )
         teacher_lp, scored = aligned.to_student(next(values), rollout.student_logprobs, self.settings.align)
         usable = scored & torch.isfinite(teacher_lp)
@@ -93,5 +97,7 @@ class LocalTeacher:
             teacher=self.name,
             teacher_logprobs=torch.where(usable, teacher_lp, 0.0).float(),
             scored=usable,
-            unscored_reason="" if bool(usable.any()) else aligned.problem or "no finite teacher log-probability",
+            unscored_reason=""
+            if bool(usable.any())
+            else aligned.problem or "no finite teacher log-probability",
         )

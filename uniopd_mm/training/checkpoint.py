@@ -33,7 +33,9 @@ class Checkpoint:
     """What else the loop needs to go on; everything random is derived from (seed, step), so this is little."""
 
 
-def save_checkpoint(trainer: Trainer, world: World, root: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    trainer: Trainer, world: World, root: Path, step: int, state: dict[str, Any], keep: int
+) -> Path:
     """Write the training state of all ranks after ``step`` steps; keeps the ``keep`` newest."""
     final, partial = root / f"step_{step:06d}", root / f"step_{step:06d}.tmp"
     if world.is_main:
@@ -50,7 +52,11 @@ def save_checkpoint(trainer: Trainer, world: World, root: Path, step: int, state
             "world_size": world.size,
             "zero_stage": trainer.config.distributed.zero_stage,
             "state": state,
-            "files": {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()},
+            "files": {
+                str(p.relative_to(partial)): p.stat().st_size
+                for p in sorted(partial.rglob("*"))
+                if p.is_file()
+            },
         }
         _write_synced(partial / "manifest.json", json.dumps(manifest, indent=1))
         if final.exists():
@@ -140,7 +146,9 @@ def _read(path: Path) -> Checkpoint | None:
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             return None
-    return Checkpoint(path, manifest["step"], manifest["world_size"], manifest["zero_stage"], manifest["state"])
+    return Checkpoint(
+        path, manifest["step"], manifest["world_size"], manifest["zero_stage"], manifest["state"]
+    )
 
 
 def _require_space(root: Path, student: MultimodalLM) -> None:
@@ -149,7 +157,9 @@ def _require_space(root: Path, student: MultimodalLM) -> None:
     needed = 4 * n + 12 * n_trained  # weights, and fp32 master weights with two moments
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise OSError(f"{root}: a checkpoint needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
+        raise OSError(
+            f"{root}: a checkpoint needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        )
 
 
 def _write_synced(path: Path, text: str) -> None:

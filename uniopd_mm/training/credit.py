@@ -48,7 +48,9 @@ def assign_advantages(
     measured_BT = scored_BT
     if not config.balance.margin_before_balance:
         measured_BT = scored_BT & balanced_B[:, None]
-    calibrated_BT, unmasked_B, stats = calibrate(advantage_BT, measured_BT, outcome_B, slot_B, config.calibration)
+    calibrated_BT, unmasked_B, stats = calibrate(
+        advantage_BT, measured_BT, outcome_B, slot_B, config.calibration
+    )
     kept_B = balanced_B & unmasked_B
 
     place = {(row.slot, row.index): b for b, row in enumerate(rows)}

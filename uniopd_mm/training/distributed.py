@@ -71,7 +71,9 @@ def init_world(timeout_s: float) -> World:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_s), verbose=False)
-    if dist.get_world_size() != expected:  # some launchers silently start copies that each believe to be alone
+    if (
+        dist.get_world_size() != expected
+    ):  # some launchers silently start copies that each believe to be alone
         raise ConfigError(
             f"the launcher asked for {expected} processes but {dist.get_world_size()} joined. "
             "Launch with: deepspeed scripts/train_mm.py RECIPE"

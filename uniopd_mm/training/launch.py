@@ -30,9 +30,13 @@ def prepare_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     # DeepSpeed still calls what torch 2.13 has renamed; nothing a user can act on.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
     if not _has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find it out by itself, with a warning
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # DeepSpeed would find it out by itself, with a warning
         _remove_stale_locks()
         if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
             raise ConfigError(

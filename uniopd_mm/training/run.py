@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from uniopd_mm.engines import LocalEngine, encode_groups
 from uniopd_mm.errors import ResumeError, UniOPDError
 from uniopd_mm.evaluation import evaluate, summarise, write_samples
 from uniopd_mm.models import MultimodalLM, load_model
-from uniopd_mm.prompts import PromptOrder, PromptReader, PromptSet, load_prompts, open_images
 from uniopd_mm.preflight import (
     Finding,
     check_context,
@@ -31,8 +29,9 @@ from uniopd_mm.preflight import (
     require_ok,
     token_table,
 )
+from uniopd_mm.prompts import PromptOrder, PromptReader, PromptSet, load_prompts, open_images
 from uniopd_mm.report import Console, RunFolder, Trackers, plot_curves, summarize
-from uniopd_mm.rollout import Group, map_rollouts
+from uniopd_mm.rollout import Group, fill
 from uniopd_mm.teachers import LocalTeacher, TeacherPool
 from uniopd_mm.teachers.pool import route, served_domains
 from uniopd_mm.training.checkpoint import export_model, list_checkpoints, load_checkpoint, save_checkpoint
@@ -120,7 +119,15 @@ class Run:
             command = shlex.split(self.config.prepare)
             if command[0] == "python":
                 command[0] = sys.executable
-            launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "OMP_NUM_THREADS")
+            launcher = (
+                "RANK",
+                "WORLD_SIZE",
+                "LOCAL_RANK",
+                "LOCAL_SIZE",
+                "CROSS_RANK",
+                "CROSS_SIZE",
+                "OMP_NUM_THREADS",
+            )
             environment = {k: v for k, v in os.environ.items() if k not in launcher}
             with subprocess.Popen(command, env=environment) as process:
                 while process.poll() is None:
@@ -128,9 +135,13 @@ class Run:
                     if self.stop.reason:
                         process.terminate()
                         process.wait()
-                        raise UniOPDError(f"stopped while preparing ({self.stop.reason}); the same command starts again")
+                        raise UniOPDError(
+                            f"stopped while preparing ({self.stop.reason}); the same command starts again"
+                        )
             if process.returncode:
-                raise UniOPDError(f"prepare failed with exit status {process.returncode}: {self.config.prepare}")
+                raise UniOPDError(
+                    f"prepare failed with exit status {process.returncode}: {self.config.prepare}"
+                )
         self.world.barrier()
 
     def _open_folder(self) -> Any:
@@ -151,11 +162,14 @@ class Run:
         free = set(FREE_TO_CHANGE) | ({"steps"} if self.config.optim.schedule == "constant" else set())
         now = yaml.safe_load(dump_config(self.config))
         changes = config_diff(
-            {k: v for k, v in before.items() if k not in free}, {k: v for k, v in now.items() if k not in free}
+            {k: v for k, v in before.items() if k not in free},
+            {k: v for k, v in now.items() if k not in free},
         )
         if changes:
             raise ResumeError(
-                f"{self.out} was begun with other settings:\n    " + "\n    ".join(changes) + "\n  Give the old values, "
+                f"{self.out} was begun with other settings:\n    "
+                + "\n    ".join(changes)
+                + "\n  Give the old values, "
                 "say out=ANOTHER_FOLDER, or --fresh to move the old run aside."
             )
 
@@ -216,12 +230,15 @@ class Run:
     def draw(self, step: int) -> list[Group]:
         """This rank's groups of a step, images opened and prompts encoded; the same slots on any number of ranks."""
         mine = self.world.share(self.config.rollout.prompts_per_step)
-        return encode_groups(self.reader.draw(step, mine), self.student.processor, weight_version=self.trainer.updates)
+        return encode_groups(
+            self.reader.draw(step, mine), self.student.processor, weight_version=self.trainer.updates
+        )
 
     def verify(self, groups: list[Group]) -> list[Group]:
         """Fill every rollout's outcome."""
-        outcomes = iter(self.verifiers.check([(g.prompt, r.text) for g in groups for r in g.rollouts]))
-        return [map_rollouts(g, lambda r: replace(r, outcome=next(outcomes))) for g in groups]
+        return fill(
+            groups, "outcome", self.verifiers.check([(g.prompt, r.text) for g in groups for r in g.rollouts])
+        )
 
     def assign_advantages(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
         """Balance and calibrate over the batch of all ranks."""
@@ -232,7 +249,9 @@ class Run:
         if self.eval_prompts is None or not self.config.eval.every:
             return
         settings = self.config.eval
-        limit = len(self.eval_prompts) if settings.limit is None else min(settings.limit, len(self.eval_prompts))
+        limit = (
+            len(self.eval_prompts) if settings.limit is None else min(settings.limit, len(self.eval_prompts))
+        )
         prompts = [self.eval_prompts[i] for i in range(limit)]
         with self.console.phase("eval"), self.trainer.whole_weights():
             samples = evaluate(
@@ -394,7 +413,9 @@ class Run:
             self.console.note(f"{group.prompt.id} ({group.prompt.domain}), scored by {rollout.teacher}:")
             for row in token_table(group, self.student):
                 teacher = "   masked" if row["teacher_lp"] is None else f"{row['teacher_lp']:9.3f}"
-                self.console.note(f"  {row['token']!r:>16} {row['id']:>7} student {row['student_lp']:8.3f} teacher {teacher}")
+                self.console.note(
+                    f"  {row['token']!r:>16} {row['id']:>7} student {row['student_lp']:8.3f} teacher {teacher}"
+                )
 
 
 def device_name(world: World) -> str:

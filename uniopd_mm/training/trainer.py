@@ -17,8 +17,15 @@ from torch import Tensor
 from uniopd_mm.config import OptimConfig, TrainConfig
 from uniopd_mm.errors import ConfigError
 from uniopd_mm.loss import loss_denominators, policy_loss
-from uniopd_mm.models import MultimodalLM, load_student, pad_responses, response_logprobs, split_groups, stage_parameters
-from uniopd_mm.rollout import Group, Prompt, Rollout, map_rollouts
+from uniopd_mm.models import (
+    MultimodalLM,
+    load_student,
+    pad_responses,
+    response_logprobs,
+    split_groups,
+    stage_parameters,
+)
+from uniopd_mm.rollout import Group, Prompt, Rollout, fill
 from uniopd_mm.training.distributed import World
 
 
@@ -85,16 +92,16 @@ class Trainer:
     def score_student(self, groups: list[Group], sampler_matches: bool) -> list[Group]:
         """Fill ``student_logprobs``, by a forward pass where that is needed.  Call inside :meth:`whole_weights`."""
         if not self.needs_forward(sampler_matches):
-            return [map_rollouts(g, lambda r: replace(r, student_logprobs=r.sampler_logprobs)) for g in groups]
+            return fill(groups, "student_logprobs", [r.sampler_logprobs for g in groups for r in g.rollouts])
         result = []
         for batch in split_groups(groups, self.config.rollout.concurrent_rollouts):
             flat = [(i, r.response_ids) for i, g in enumerate(batch) for r in g.rollouts]
             rows, responses = [i for i, _ in flat], [ids for _, ids in flat]
             encoded = [g.encoded for g in batch]
-            values = iter(
-                response_logprobs(self.student, encoded, rows, responses, self.config.loss.score_temperature)
+            values = response_logprobs(
+                self.student, encoded, rows, responses, self.config.loss.score_temperature
             )
-            result += [map_rollouts(g, lambda r: replace(r, student_logprobs=next(values))) for g in batch]
+            result += fill(batch, "student_logprobs", values)
         return result
 
     # ------------------------------------------------------------------ update
@@ -138,7 +145,12 @@ class Trainer:
         sums = self.world.sum(sums)
         means = {k: v / (sums[f"#{k}"] or 1.0) for k, v in sums.items() if f"#{k}" in sums}
         norm = self.engine.get_global_grad_norm() if grad_norm is None else grad_norm
-        return {**means, "loss": sums["loss"], "grad_norm": float(math.nan if norm is None else norm), "lr": lr}
+        return {
+            **means,
+            "loss": sums["loss"],
+            "grad_norm": float(math.nan if norm is None else norm),
+            "lr": lr,
+        }
 
     def _before_step(self) -> tuple[float | None, float]:
         """Set the learning rates; the gradient norm under ZeRO-0, where DeepSpeed does not report one."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 
 MAX_CHARS = 1_000_000
-"""Only so many characters at the end of a response are read."""
+"""Only so many characters at the end of a visible text are searched."""
 DELIMITERS = (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$"))
 """What mathematics is written between."""
 _CANDIDATE_CHARS = 4000
@@ -67,7 +67,7 @@ def _fold_char(char: str) -> str:
 
 def visible(text: str) -> str:
     """The folded text outside reasoning blocks.  An unclosed <think> hides all that follows, a lone </think> all before."""
-    text = fold(text[-MAX_CHARS:])
+    text = fold(text)
     pieces: list[str] = []
     start, hidden = 0, False
     for tag in _REASONING.finditer(text):
@@ -80,7 +80,7 @@ def visible(text: str) -> str:
             hidden = True
     if not hidden:
         pieces.append(text[start:])
-    return "\n".join(pieces)
+    return "\n".join(pieces)[-MAX_CHARS:]
 
 
 def last_boxed(text: str) -> str | None:

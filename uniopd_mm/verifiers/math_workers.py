@@ -175,7 +175,8 @@ class MathWorkers:
         if reply is None:
             if worker.deadline <= time.monotonic():
                 self._remove(worker)
-                self._fail(worker, f"took longer than {self.timeout_s:g} s", verdicts, todo)
+                limit_s = self.timeout_s if worker.ready else START_S
+                self._fail(worker, f"took longer than {limit_s:g} s", verdicts, todo)
         elif "error" in reply:
             self._remove(worker)
             self._fail(worker, reply["error"], verdicts, todo)
@@ -187,6 +188,7 @@ class MathWorkers:
             verdicts[job] = Verdict(reply["gold_ok"], reply["equal"])
 
     def _fail(self, worker: _Worker, reason: str, verdicts: list[Verdict | None], todo: deque[int]) -> None:
+        """Unknown for the request at hand; an error when no worker has ever started."""
         if worker.ready:
             assert worker.job is not None
             verdicts[worker.job] = Verdict(reason=reason)

@@ -1,1 +1,0 @@
-"""A package, so that ``tests.tiny`` is ours even where another project installed a top-level ``tests``."""

@@ -1,0 +1,188 @@
+"""What people type, what they see, and what they get when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, environment, launch, metrics, train, write_recipe
+from rooms import load, make_groups, plain_logprobs
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("cli"), tiny_models, steps=2)
+
+
+def change_rows(recipe: Path, change) -> str:
+    """A copy of the training rows with ``change(i, row)`` applied; its path as an override."""
+    source = recipe.parent / "data" / "rows.jsonl"
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        change(i, row)
+    path = source.with_name("changed.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.train={path}"
+
+
+def test_check_looks_at_everything_and_trains_nothing(recipe: Path) -> None:
+    done = launch(recipe, "--check", f"out={recipe.parent / 'checked'}")
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "24 prompts (read 12, see 12)",
+        "null test seer",
+        "worst |A|",
+        "16 of them image",
+        "view text",
+    ):
+        assert text in " ".join(done.stdout.split()), text
+    assert f"deepspeed scripts/train_mm.py {recipe}" in done.stdout
+    assert not (recipe.parent / "checked" / "metrics.jsonl").exists()
+
+
+def test_all_wrong_settings_are_reported_at_once(recipe: Path) -> None:
+    done = launch(recipe, "optim.learning_rate=1", "rolout.n=3", "rollout.n=zero", "lr=2")
+    assert done.returncode == 1
+    for text in ("4 problems", "Did you mean 'rollout.n'?", "Did you mean 'optim.lr'?", "found 'zero'"):
+        assert text in done.stderr, (text, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda row: row.update(images=["gone.png"] * len(row["images"])), "gone.png"),
+        (lambda row: row.update(images=[*row["images"], row["images"][0]]), "image"),
+        (lambda row: row.update(domain="nowhere"), "nowhere"),
+        (lambda row: row.update(answer=""), "answer"),
+    ],
+    ids=["missing image", "placeholders", "unknown domain", "empty answer"],
+)
+def test_bad_rows_stop_the_run_before_training_with_their_place(recipe: Path, spoil, message: str) -> None:
+    override = change_rows(recipe, lambda i, row: spoil(row) if i == 4 else None)
+    done = launch(recipe, override, "data.max_bad_share=0", "--check", f"out={recipe.parent / 'bad'}")
+    assert done.returncode == 1
+    assert "changed.jsonl:5" in done.stderr and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_few_bad_rows_are_skipped_counted_and_listed(recipe: Path) -> None:
+    data = recipe.parent / "data"
+
+    def spoil(i: int, row: dict) -> None:
+        if i == 4:
+            row["answer"] = ""  # found when the data is read
+        if i % 3 == 2:
+            (data / "broken.png").write_bytes(b"not a picture")
+            row["images"][0] = "broken.png"  # found when the image is opened
+
+    run = train(
+        recipe, change_rows(recipe, spoil), "data.max_bad_share=0.5", f"out={recipe.parent / 'skipping'}"
+    )
+    skipped = (run / "skipped.jsonl").read_text()
+    assert "changed.jsonl:5" in skipped and "broken.png" in skipped
+    assert metrics(run)[-2]["data/skipped"] == len(skipped.splitlines())
+    assert [row["step"] for row in metrics(run)] == [1, 2, 2]
+
+
+def test_a_text_only_teacher_without_a_view_of_the_image_is_refused(recipe: Path) -> None:
+    override = change_rows(recipe, lambda i, row: row.pop("image_text"))
+    done = launch(recipe, override, f"out={recipe.parent / 'blind'}")
+    assert done.returncode == 1
+    assert "image_text" in done.stderr and "allow_blind" in done.stderr
+    assert not (recipe.parent / "blind" / "metrics.jsonl").exists()
+
+
+def test_help_lists_every_setting_with_its_meaning(recipe: Path) -> None:
+    done = launch(recipe, "--help")
+    assert "calibration.delta = 0.0" in done.stdout and "Wanted margin" in done.stdout
+    assert "teachers.NAME.view" in done.stdout
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_lora_trains_only_adapters_and_exports_merged_weights(
+    family: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        tiny_models,
+        family,
+        steps=2,
+        student={
+            "model": str(tiny_models[family]),
+            "dtype": "float32",
+            "freeze": ["vision"],
+            "lora": {"rank": 4},
+        },
+        eval={"every": 0},
+        distributed={"zero_stage": 2},
+    )
+    run = train(recipe)
+    before = load_file(tiny_models[family] / "model.safetensors")
+    after = load_file(run / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("q_proj" in name for name in changed)
+    assert not any(
+        "visual.blocks" in name or "vision_tower" in name or "embed_tokens" in name for name in changed
+    )
+    assert (run / "model_adapter" / "adapter_model.safetensors").stat().st_size < 1e6
+
+
+def test_bfloat16_trains_and_its_model_loads(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    bf16 = {"dtype": "bfloat16"}
+    recipe = write_recipe(
+        tmp_path,
+        tiny_models,
+        "qwen3_vl",
+        steps=2,
+        student={"model": str(tiny_models["qwen3_vl"]), **bf16},
+        distributed={"zero_stage": 2},
+        eval={"every": 0},
+    )
+    run = train(recipe)
+    assert all(abs(row["train/gap"]) < 20 and row["rollout/mismatch"] > 0 for row in metrics(run))
+    model = load(run / "model")
+    group = make_groups(model, (1,))[0]
+    with torch.no_grad():
+        assert torch.isfinite(plain_logprobs(model, group, torch.tensor([5, 6, 7]))).all()
+
+
+def test_evaluation_alone_gives_what_training_reported(recipe: Path) -> None:
+    run = train(recipe, f"out={recipe.parent / 'evaluated'}", "eval.every=2", "verifier.default=exact")
+    out = recipe.parent / "eval_out"
+    options = {
+        "--model": run / "model",
+        "--dtype": "float32",
+        "--data": recipe.parent / "data" / "rows.jsonl",
+        "--limit": 6,
+        "--max-new-tokens": 6,
+        "--verifier": "exact",
+        "--out": out,
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "eval" / "run.py"),
+            *(str(word) for pair in options.items() for word in pair),
+        ],
+        env=environment(),
+        cwd=recipe.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours = [json.loads(line)["text"] for line in (out / "rows" / "samples.jsonl").read_text().splitlines()]
+    wanted = [
+        json.loads(line)["text"] for line in (run / "eval" / "step_000002.jsonl").read_text().splitlines()
+    ]
+    assert ours == wanted and len(ours) == 6
+    assert "accuracy" in done.stdout
+    results = json.loads((out / "results.json").read_text())["results"]["rows"]
+    assert results["eval/length"] == metrics(run)[-1]["eval/length"]
