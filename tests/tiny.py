@@ -1,17 +1,16 @@
-"""Tiny random models for the tests of every room: weights, tokenizer, processor and chat template in one
-folder.
+"""Tiny random models for the tests of every room: weights, tokenizer, processor, chat template in one folder.
 
-    build_llava(folder, seed=0, *, tokenizer=None, chat_template=None, image_size=56, layers=2, tie=False)
-    build_qwen2_5_vl(folder, seed=0, *, tokenizer=None, chat_template=None, min_pixels=..., max_pixels=...,
-    layers=2, tie=False) build_qwen3_vl(folder, seed=0, *, same as build_qwen2_5_vl)
-    build_text(folder, seed=0, *, family="qwen3" | "llama", tokenizer=None, chat_template=None, layers=2,
-    tie=False) make_tokenizer(vocab_size=512, kind="bytes" | "byte_fallback", seed=0) ->
-    PreTrainedTokenizerFast random_image(width, height, seed=0) -> RGB PIL image
+    build_llava(folder, seed=0, *, tokenizer=None, chat_template=..., image_size=56, layers=2, tie=False)
+    build_qwen2_5_vl(folder, seed=0, *, tokenizer=None, chat_template=..., min_pixels=..., max_pixels=...,
+                     layers=2, tie=False)
+    build_qwen3_vl(folder, seed=0, *, the same)
+    build_text(folder, seed=0, *, family="qwen3" | "llama", tokenizer=None, chat_template=..., layers=2, tie=False)
+    make_tokenizer(vocab_size=512, kind="bytes" | "byte_fallback", seed=0) -> PreTrainedTokenizerFast
+    random_image(width, height, seed=0) -> RGB PIL image
 
-Each builder returns its folder as a ``pathlib.Path``; ``get_processor(folder)`` and
-``from_pretrained(folder)`` load it.
-All models share the vocabulary of ``make_tokenizer()`` unless given another, also across families; hidden
-size 64; ``seed`` only changes the weights.  LLaVA: an image is always ``(image_size / 14) ** 2`` = 16
+Each builder returns its folder as a ``pathlib.Path``; ``get_processor(folder)`` and ``from_pretrained(folder)``
+load it.  All models share the vocabulary of ``make_tokenizer()`` unless given another, also across families;
+hidden size 64; ``seed`` only changes the weights.  LLaVA: an image is always ``(image_size / 14) ** 2`` = 16
 tokens.  Qwen: one token per 28 x 28 (2.5) or 32 x 32 (3) pixels after resizing, 4 to 16 of them by default.
 Nothing is downloaded.
 """

@@ -31,11 +31,11 @@ Stage = Literal["vision", "projector", "language"]
 
 
 class LoraConfig(Settings):
-    rank: int = Field(16, gt=0)
+    rank: int = Field(default=16, gt=0)
     """Rank of the adapter matrices."""
     alpha: float = 32.0
     """Scale numerator; the update is scaled by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter input; 0 keeps the sampler and the trainer the same function."""
     stages: list[Stage] = ["language"]
     """Stages whose linear layers get an adapter; the others stay frozen unless `student.freeze` leaves them out."""
@@ -98,7 +98,7 @@ class SourceConfig(Settings):
     """Split of a `datasets` source."""
     slice: str | None = None
     """Rows to take, e.g. "0:1000" or ":10%"; null = all."""
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
     """Share of this source in an epoch relative to its size: 2 = each row twice, 0.5 = a random half."""
     domain: str | None = None
     """Domain of rows that carry none."""
@@ -117,33 +117,33 @@ class DataConfig(Settings):
     """A mixture YAML, a data file, or a list of sources."""
     eval: str | list[SourceConfig] | None = None
     """Held-out data in the same forms; null = no evaluation."""
-    max_bad_share: float = Field(0.01, ge=0, le=1)
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """Share of rows that may be malformed and are skipped; past it the run stops with the list."""
     shuffle: bool = True
     """New seeded order in every epoch."""
 
 
 class SamplingConfig(Settings):
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     """0 = greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus: smallest set of tokens that holds this probability; 1 = off."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(default=0, ge=0)
     """Keep the k likeliest tokens; 0 = off."""
-    min_p: float = Field(0.0, ge=0, lt=1)
+    min_p: float = Field(default=0.0, ge=0, lt=1)
     """Keep tokens at least this likely relative to the likeliest; 0 = off."""
-    max_new_tokens: int = Field(1024, gt=0)
+    max_new_tokens: int = Field(default=1024, gt=0)
     """Longest response, in tokens."""
     stop_token_ids: list[int] = []
     """Stop tokens beside the model's own end-of-turn tokens."""
 
 
 class RolloutConfig(SamplingConfig):
-    prompts_per_step: int = Field(32, gt=0)
+    prompts_per_step: int = Field(default=32, gt=0)
     """Prompts (= groups) of one optimizer step, over all ranks."""
-    n: int = Field(8, gt=0)
+    n: int = Field(default=8, gt=0)
     """Rollouts per prompt (group size)."""
-    concurrent_rollouts: int = Field(256, gt=0)
+    concurrent_rollouts: int = Field(default=256, gt=0)
     """Rollouts decoded together on one rank; bounds the memory of the KV cache."""
     rescore: Literal["auto", "always", "never"] = "auto"
     """Score the student again with the trainer's own forward pass before the update; auto = where the sampler's
@@ -152,19 +152,19 @@ class RolloutConfig(SamplingConfig):
 
 class VerifierConfig(Settings):
     default: str = "math"
-    """Verifier of rows and domains that name none."""
+    """Verifier of rows and domains that name none; `name:profile` picks a scoring profile, e.g. chart:upstream."""
     by_domain: dict[str, str] = {}
     """Verifier of each domain, e.g. {chart: chart, doc: document}."""
-    workers: int = Field(1, gt=0)
+    workers: int = Field(default=1, gt=0)
     """Worker processes per rank for verifiers that may hang (math)."""
-    timeout_s: float = Field(3.0, gt=0)
+    timeout_s: float = Field(default=3.0, gt=0)
     """A check that takes longer is killed and its outcome is unknown."""
-    max_unknown_share: float = Field(0.5, ge=0, le=1)
+    max_unknown_share: float = Field(default=0.5, ge=0, le=1)
     """Share of outcomes in one step that may be unknown before the run stops."""
 
 
 class BalanceConfig(Settings):
-    ratio: float | None = Field(1.0, ge=0)
+    ratio: float | None = Field(default=1.0, ge=0)
     """correct : incorrect kept in the update; 0 = only incorrect, .inf = only correct, null = off."""
     scope: Literal["group", "batch"] = "group"
     """Balance within each group or over the whole batch."""
@@ -187,15 +187,15 @@ class CalibrationConfig(Settings):
     students mean/group/lift/0."""
     mask: Literal["greedy", "group"] = "greedy"
     """mask: drop single rollouts until the margin holds, or drop groups whose margin does not hold."""
-    min_retain: float = Field(0.25, ge=0, le=1)
+    min_retain: float = Field(default=0.25, ge=0, le=1)
     """mask greedy: share of each class that is never dropped."""
     outcome_weight: float = 0.2
     """outcome: the constant c, nats per token."""
     residual_weight: float = 0.1
     """gc: weight beta of the difference between the scores of reward and return within the group."""
-    advantage_clip: float = Field(10.0, gt=0)
+    advantage_clip: float = Field(default=10.0, gt=0)
     """gc: calibrated advantages are clipped to +- this, nats."""
-    position_weight: float = Field(0.5, ge=0)
+    position_weight: float = Field(default=0.5, ge=0)
     """iw: the first token weighs 1 + this, later ones less and less, down to 1."""
 
     @model_validator(mode="after")
@@ -206,9 +206,9 @@ class CalibrationConfig(Settings):
 
 
 class LossConfig(Settings):
-    clip_low: float = Field(0.2, ge=0)
+    clip_low: float = Field(default=0.2, ge=0)
     """The ratio is clipped below at 1 - clip_low."""
-    clip_high: float = Field(0.28, ge=0)
+    clip_high: float = Field(default=0.28, ge=0)
     """The ratio is clipped above at 1 + clip_high."""
     gap_mask: float | None = 10.0
     """A token whose student and teacher log-probabilities differ by this much or more (nats) has no loss; null = off."""
@@ -216,7 +216,7 @@ class LossConfig(Settings):
     """sample_mean = mean over a rollout's tokens, then over rollouts; token_mean = over all tokens of the batch."""
     renormalize: bool = False
     """Divide by the kept rollouts (or tokens) instead of all sampled ones."""
-    score_temperature: float = Field(1.0, gt=0)
+    score_temperature: float = Field(default=1.0, gt=0)
     """Temperature at which student and teacher are scored."""
     mismatch_cap: float | None = 2.0
     """Truncated importance weight for a sampler that is not the trainer's own forward pass; null = off."""
@@ -231,49 +231,49 @@ class OptimConfig(Settings):
     """AdamW's moment decays."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after the warm-up; linear and cosine end at 0."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Global gradient norm is clipped to this."""
 
 
 class DistributedConfig(Settings):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 = plain data parallel, 1 = + sharded optimizer, 2 = + gradients, 3 = + weights."""
-    micro_groups: int = Field(1, gt=0)
+    micro_groups: int = Field(default=1, gt=0)
     """Groups (prompts with all their rollouts) in one forward/backward on one rank."""
     offload_optimizer: bool = False
     """Keep optimizer state in CPU memory."""
-    timeout_s: float = Field(1800.0, gt=0)
+    timeout_s: float = Field(default=1800.0, gt=0)
     """A collective that waits longer fails."""
 
 
 class EvalConfig(Settings):
-    every: int = Field(50, ge=0)
+    every: int = Field(default=50, ge=0)
     """Evaluate every so many steps, and before and after training; 0 = never."""
     limit: int | None = None
     """Held-out rows to use; null = all."""
-    n: int = Field(1, gt=0)
+    n: int = Field(default=1, gt=0)
     """Answers per prompt; the score is their mean."""
-    batch: int = Field(64, gt=0)
+    batch: int = Field(default=64, gt=0)
     """Prompts answered together on one rank."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     """How answers are sampled; greedy by default."""
 
 
 class CheckpointConfig(Settings):
-    every: int = Field(50, ge=0)
+    every: int = Field(default=50, ge=0)
     """Save every so many steps, and at the end; 0 = only at the end."""
-    keep: int = Field(2, gt=0)
+    keep: int = Field(default=2, gt=0)
     """Newest checkpoints kept."""
 
 
 class ReportConfig(Settings):
-    rollouts_every: int = Field(10, ge=0)
+    rollouts_every: int = Field(default=10, ge=0)
     """Write rollouts/step_*.jsonl every so many steps; 0 = never."""
-    rollouts_per_step: int = Field(16, gt=0)
+    rollouts_per_step: int = Field(default=16, gt=0)
     """Rollouts written per step."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Mirrors of metrics.jsonl; each must be installed."""

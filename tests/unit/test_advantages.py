@@ -102,7 +102,7 @@ def test_a_rollout_without_a_valid_token_or_with_an_infinite_one_has_no_return()
 
 
 def test_padding_does_not_change_the_last_bit_of_a_return() -> None:
-    advantages_BT = torch.randn(20, 1000, generator=torch.Generator().manual_seed(0))
+    advantages_BT = torch.randn(20, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scored_BT = torch.ones(20, 1000, dtype=torch.bool)
     returns, _ = rollout_return(advantages_BT, scored_BT)
     for before, after in ((0, 24), (3, 0), (13, 501)):

@@ -257,6 +257,16 @@ def test_the_mismatch_weight_is_truncated_detached_and_reported() -> None:
     assert "mismatch" not in policy_loss(**one_token_each(2), settings=off, denominators=(2, 2))[1]
 
 
+def test_only_the_student_gets_a_gradient() -> None:
+    batch = random_batch(0)
+    for name in ("student_lp_BT", "old_lp_BT", "advantages_BT", "teacher_lp_BT", "sampler_lp_BT"):
+        batch[name].requires_grad_()
+    loss, stats = policy_loss(**batch, settings=LossConfig(), denominators=(8, 30))
+    loss.backward()
+    assert {name for name, part in batch.items() if part.grad is not None} == {"student_lp_BT"}
+    assert not any(pair.requires_grad for pair in stats.values())
+
+
 def test_statistics_count_trained_tokens_only() -> None:
     batch = one_token_each(3, kept_B=[True, False, True], scored_BT=[[True], [True], [False]])
     _, stats = policy_loss(**batch, settings=LossConfig(), denominators=(3, 2))

@@ -52,7 +52,7 @@ def source(path: Path, **options: object) -> SourceConfig:
 
 def test_two_sources_of_one_name_are_refused(tmp_path):
     path = write_jsonl(tmp_path / "toy.jsonl", ask())
-    with pytest.raises(ConfigError, match="2 data sources are called 'toy'.*name"):
+    with pytest.raises(ConfigError, match=r"2 data sources are called 'toy'.*name"):
         load_prompts([source(path), source(path)])
 
 

@@ -89,9 +89,7 @@ class PromptSet(Sequence[Prompt]):
         """Problems found at load time; these rows are left out."""
         self.n_rows = 0
         """Rows looked at: after ``slice``, before ``weight``."""
-        self._entries = tuple(
-            array("q") for _ in range(3)
-        )  # source, row of the source, copy made by `weight`
+        self._entries = (array("q"), array("q"), array("q"))  # source, row of it, copy made by `weight`
         self._domains: Counter[str] = Counter()
 
     def __len__(self) -> int:

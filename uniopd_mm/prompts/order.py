@@ -107,16 +107,17 @@ class PromptReader:
     def _settle(
         self, step: int, slot: int, index: int, found: tuple[Prompt, tuple[Image, ...]] | DataError
     ) -> DrawnPrompt:
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            self._seen.add(index)
-            if not isinstance(found, DataError):
-                return DrawnPrompt(slot, *found)
+        attempt = 0
+        while isinstance(found, DataError):
             self._record(index, found)
+            attempt += 1
+            if attempt > MAX_ATTEMPTS:
+                tried = f"none of {MAX_ATTEMPTS} replacements could be opened"
+                raise DataError(f"step {step}, slot {slot}: {tried}; the last: {found}") from found
             index = replacement(self.order.seed, step, slot, attempt, len(self.prompts))
             found = self._open(index)
-        raise DataError(
-            f"step {step}, slot {slot}: none of {MAX_ATTEMPTS} prompts could be opened; the last: {found}"
-        )
+        self._seen.add(index)
+        return DrawnPrompt(slot, *found)
 
     def _open(self, index: int) -> tuple[Prompt, tuple[Image, ...]] | DataError:
         try:
@@ -126,6 +127,7 @@ class PromptReader:
             return error
 
     def _record(self, index: int, error: DataError) -> None:
+        self._seen.add(index)
         source, reason = self.prompts.place(index), str(error)
         self._bad[index] = BadRow(source, reason.removeprefix(f"{source}: "))
         limit = max(MIN_BAD_ROWS, self.max_bad_share * len(self._seen)) if self.max_bad_share else 0
