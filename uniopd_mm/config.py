@@ -229,6 +229,8 @@ class OptimConfig(Settings):
     """Learning rate of single stages, e.g. {projector: 1.0e-5}."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's moment decays."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's denominator offset."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, environment, launch, metrics, train, write_recipe
+from launching import ROOT, SCRIPT, environment, launch, metrics, train, write_recipe
 from rooms import load, make_groups, plain_logprobs
 from safetensors.torch import load_file
 
@@ -41,7 +41,7 @@ def test_check_looks_at_everything_and_trains_nothing(recipe: Path) -> None:
         "view text",
     ):
         assert text in " ".join(done.stdout.split()), text
-    assert f"deepspeed scripts/train_mm.py {recipe}" in done.stdout
+    assert f"deepspeed {SCRIPT} {recipe}" in done.stdout
     assert not (recipe.parent / "checked" / "metrics.jsonl").exists()
 
 

@@ -51,7 +51,7 @@ def _with_stops(folder: Path, build: Callable[..., Path], stops: Any, **options:
     return get_processor(folder)
 
 
-def test_stop_tokens_are_those_of_the_generation_config_with_the_END_OF_TURN_first(tmp_path: Path) -> None:
+def test_stop_tokens_are_those_of_the_generation_config_with_the_end_of_turn_first(tmp_path: Path) -> None:
     assert _with_stops(tmp_path, tiny.build_text, [END_OF_TEXT, END_OF_TURN]).stop_token_ids() == [
         END_OF_TURN,
         END_OF_TEXT,
@@ -67,6 +67,23 @@ def test_a_stop_token_only_the_template_knows_comes_first(tmp_path: Path) -> Non
 def test_without_a_generation_config_the_tokenizers_stop_token_counts(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}\n{% endfor %}"
     assert _with_stops(tmp_path, tiny.build_text, None, chat_template=template).stop_token_ids() == [2]
+
+
+def test_of_several_stop_tokens_that_no_template_writes_the_tokenizers_own_comes_first(
+    tmp_path: Path,
+) -> None:
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}\n{% endfor %}"
+    adapter = _with_stops(tmp_path, tiny.build_text, [END_OF_TEXT, END_OF_TURN], chat_template=template)
+    assert adapter.stop_token_ids() == [END_OF_TURN, END_OF_TEXT]
+
+
+def test_a_vision_token_that_was_added_as_an_ordinary_one_is_text_too_when_typed(tmp_path: Path) -> None:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.add_tokens(["<video>"])
+    adapter = get_processor(tiny.build_text(tmp_path, tokenizer=tokenizer))
+    prompt = adapter.encode(ask("a <video> b"))
+    assert not prompt.vision_mask.any()
+    assert "a <video> b" in adapter.decode(prompt.input_ids)
 
 
 def test_a_missing_pad_token_falls_back_to_the_stop_token(tmp_path: Path) -> None:
@@ -108,7 +125,7 @@ def test_a_character_of_several_tokens_belongs_to_the_last_of_them(
     assert "\ufffd" in "".join(adapter.decode_tokens(ids[:-2])), "a character that is cut off shows as U+FFFD"
 
 
-def test_token_strings_of_an_unknown_kind_of_tokenizer_are_exact_too() -> None:
+def test_token_strings_of_an_other_kind_of_tokenizer_are_exact_too() -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

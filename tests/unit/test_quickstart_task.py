@@ -78,7 +78,7 @@ def test_a_chain_ends_in_the_gold_answer_and_every_step_of_it_is_true(question):
     for step in steps.split(" \\boxed")[0].split():
         left, right = step.split("=")
         if question.domain == "arithmetic":
-            a, sign, b = (left.partition("+") if "+" in left else left.partition("-"))
+            a, sign, b = left.partition("+") if "+" in left else left.partition("-")
             assert int(a) + (int(b) if sign == "+" else -int(b)) == int(right)
         else:
             assert left == question.kind
@@ -240,7 +240,9 @@ def test_a_finished_part_is_kept_and_another_setting_makes_it_anew(made):
     folder, workshop, chosen = made
     prepare = part("prepare")
     assert all(workshop.result(name) for name in ("data", *prepare.RECIPES))
-    other = prepare.Workshop(folder, prepare.Settings(seed=1, train_rows=12, eval_rows=8, steps_scale=1e-9).digest())
+    other = prepare.Workshop(
+        folder, prepare.Settings(seed=1, train_rows=12, eval_rows=8, steps_scale=1e-9).digest()
+    )
     assert all(other.result(name) is None for name in ("data", *prepare.RECIPES))
 
 

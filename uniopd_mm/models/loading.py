@@ -43,13 +43,16 @@ def load_student(settings: StudentConfig) -> MultimodalLM:
     """The student with its frozen stages and adapters set up; weights stay where ``from_pretrained`` puts them
     (DeepSpeed moves, or under ZeRO-3 has already partitioned, them)."""
     processor = load_processor(settings)
-    # Always the evaluation mode: dropout would make the sampler and the trainer different functions.
+    # Dropout would make the sampler and the trainer different functions: evaluation mode, always.
     model = load_weights(settings).eval()
     model_type = model.config.model_type
     freeze_stages(model, model_type, settings.freeze)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # transformers recomputes only in training mode
+        if settings.shared_prefix:
+            log.warning(
+                "gradient_checkpointing: updates run one full row per rollout; sampling and scoring still share."
+            )
         _assert_no_dropout(model)
     if settings.lora is not None:
         model = _add_lora(model, model_type, settings.lora, settings.freeze)
@@ -68,6 +71,7 @@ def attention_implementation(choice: str) -> str:
 
 
 def load_weights(settings: ModelConfig) -> PreTrainedModel:
+    """The stock transformers model; partitioned while a ZeRO-3 configuration is held."""
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,

@@ -1,8 +1,8 @@
 """One model behind the three calls the library needs: prefill a prompt, decode against it, score responses.
 
 It drives stock transformers models through their public forward.  A group's prompt (and its image) runs once; the
-responses run against the cached prefix, also with gradient, which is exact.  Models and settings that cannot do that
-(gradient checkpointing, sliding-window or linear attention) take the plain path: one full row per rollout.
+responses run against the cached prefix, also with gradient, which is exact.  What cannot do that (sliding-window or
+linear attention; updates with gradient checkpointing) takes the plain path: one full row per rollout.
 
 B prompts, R rollouts, P prompt tokens (left-padded), T response tokens (right-padded), H hidden size.
 """
@@ -85,8 +85,6 @@ class MultimodalLM(nn.Module):
         kinds = set(getattr(self.text_config, "layer_types", None) or ()) - {"full_attention"}
         if kinds:
             return f"{self.model_type} has {', '.join(sorted(kinds))} layers"
-        if getattr(self.transformer, "is_activation_checkpointing", False):
-            return "gradient checkpointing discards the prefix's keys and values"
         return None
 
     # ------------------------------------------------------------------ the three calls
@@ -142,9 +140,12 @@ class MultimodalLM(nn.Module):
 
         ``row_R[r]`` is the prompt of rollout r; index t holds log p(token t | prompt, tokens < t).
         """
-        hidden_RTH = (self._hidden_shared if self.shared_prefix else self._hidden_plain)(
-            encoded, row_R, response_RT, mask_RT
+        # In training mode transformers recomputes activations, and discards the prefix's keys and values with them.
+        share = self.shared_prefix and not (
+            self.model.training and self.transformer.is_activation_checkpointing
         )
+        hidden_of = self._hidden_shared if share else self._hidden_plain
+        hidden_RTH = hidden_of(encoded, row_R, response_RT, mask_RT)
         keep = mask_RT.bool()
         head = self.transformer.get_output_embeddings()
         values = token_logprobs(hidden_RTH[keep], head, response_RT[keep], temperature)

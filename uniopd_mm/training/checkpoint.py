@@ -11,14 +11,17 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from uniopd_mm.errors import ResumeError
-from uniopd_mm.models import MultimodalLM
+from uniopd_mm.models import MultimodalLM, load_weights
 from uniopd_mm.training.distributed import World
 from uniopd_mm.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TAG = "state"
 
@@ -95,21 +98,31 @@ def export_model(trainer: Trainer, world: World, folder: Path) -> None:
     LoRA: the adapter is saved beside it as ``FOLDER_adapter`` and merged into the full weights here.
     """
     weights = gathered_state_dict(trainer.student, trainer.config.distributed.zero_stage)
-    trainer._zero3 = None  # from_pretrained below must not partition
+    trainer.release_zero3_config()  # from_pretrained below must not partition
     if world.is_main:
         partial = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(partial, ignore_errors=True)
-        student = trainer.student
-        if trainer.config.student.lora is None:
-            student.model.save_pretrained(partial, state_dict=weights)
-        else:
-            adapter = folder.with_name(folder.name + "_adapter")
-            student.model.save_pretrained(adapter, state_dict=weights)
-            _merge_adapter(trainer, adapter).save_pretrained(partial)
-        student.processor.save_pretrained(partial)
+        whole_model(trainer, weights, folder).save_pretrained(partial)
+        trainer.student.processor.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     world.barrier()
+
+
+def whole_model(trainer: Trainer, weights: dict[str, torch.Tensor], folder: Path) -> PreTrainedModel:
+    """The trained model as transformers would have loaded it: unpartitioned, adapters merged."""
+    model, settings = trainer.student.model, trainer.config.student
+    if settings.lora is not None:
+        from peft import PeftModel
+
+        adapter = folder.with_name(folder.name + "_adapter")
+        model.save_pretrained(adapter, state_dict=weights)
+        return PeftModel.from_pretrained(load_weights(settings), str(adapter)).merge_and_unload()
+    if trainer.config.distributed.zero_stage == 3:
+        # A model that was loaded partitioned saves under other names than it was loaded from.
+        model = load_weights(settings)
+        model.load_state_dict(weights)
+    return model
 
 
 def gathered_state_dict(student: MultimodalLM, zero_stage: int) -> dict[str, torch.Tensor]:
@@ -126,15 +139,6 @@ def gathered_state_dict(student: MultimodalLM, zero_stage: int) -> dict[str, tor
                 weights[name] = parameter.detach().cpu().clone()
     persistent = set(student.model.state_dict())
     return {k: v for k, v in weights.items() if k in persistent} if dist.get_rank() == 0 else {}
-
-
-def _merge_adapter(trainer: Trainer, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    from uniopd_mm.models.loading import load_weights
-
-    base = load_weights(trainer.config.student)
-    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
 
 
 def _read(path: Path) -> Checkpoint | None:

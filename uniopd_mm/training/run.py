@@ -363,8 +363,10 @@ class Run:
         for finding in findings:
             console.check(finding.name, finding.text, finding.ok)
         self._print_token_tables(groups)
-        recipe, overrides = command[1], [a for a in command[2:] if not a.startswith("--")]
-        console.note(f"train with: deepspeed scripts/train_mm.py {shlex.join([recipe, *overrides])}")
+        if self.world.is_main:  # in one line, to be copied
+            print(
+                f"train with: deepspeed {shlex.join(word for word in command if not word.startswith('--'))}"
+            )
         return 1 if any(f.ok is False for f in findings) else 0
 
     def require_preflight(self) -> None:

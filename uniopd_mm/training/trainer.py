@@ -58,14 +58,17 @@ class Trainer:
 
         return HfDeepSpeedConfig(deepspeed_config(self.config, self.accumulation))
 
+    def release_zero3_config(self) -> None:
+        """From here on ``from_pretrained`` loads whole models again."""
+        self._zero3 = None
+
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         optim = self.config.optim
         if self.config.distributed.offload_optimizer:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
-        # torch's own: DeepSpeed's fused one is compiled at first use.
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+            from deepspeed.ops.adam import DeepSpeedCPUAdam as Adam
+        else:
+            from torch.optim import AdamW as Adam  # DeepSpeed's fused one is compiled at first use
+        return Adam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -116,6 +119,7 @@ class Trainer:
         n_rollouts, n_tokens = loss_denominators(*scored_and_kept(groups), settings).tolist()
         total = self.world.sum({"rollouts": n_rollouts, "tokens": n_tokens})
         sums: dict[str, float] = {"loss": 0.0}
+        self.student.train(self.config.student.gradient_checkpointing)  # what makes transformers recompute
         for batch in batches:
             new_lp = self.engine(
                 batch.encoded, batch.row, batch.response, batch.mask, temperature=settings.score_temperature
@@ -141,6 +145,7 @@ class Trainer:
             for key, (value, count) in ((k, v.tolist()) for k, v in stats.items()):
                 sums[key] = sums.get(key, 0.0) + value
                 sums[f"#{key}"] = sums.get(f"#{key}", 0.0) + count
+        self.student.eval()
         self.updates += 1
         sums = self.world.sum(sums)
         means = {k: v / (sums[f"#{k}"] or 1.0) for k, v in sums.items() if f"#{k}" in sums}
