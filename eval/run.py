@@ -36,7 +36,7 @@ def main() -> int:
     from uniopd_mm.models import load_model
     from uniopd_mm.prompts import load_prompts
     from uniopd_mm.training.distributed import World, close_world, init_world
-    from uniopd_mm.verifiers import VerifierPool, known_verifiers
+    from uniopd_mm.verifiers import VerifierPool, verifier_names
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = init_world(1800.0) if args.local_rank is not None else World(0, 1, 0, device)
@@ -52,7 +52,7 @@ def main() -> int:
     results = {}
     with VerifierPool(VerifierConfig(default=args.verifier)) as verifiers:
         for name, path in sources(args).items():
-            prompts = load_prompts(str(path), known_verifiers=known_verifiers(), require_answer=True)
+            prompts = load_prompts(str(path), verifiers=verifier_names())
             chosen = [prompts[i] for i in range(min(args.limit or len(prompts), len(prompts)))]
             samples = evaluate(
                 LocalEngine(model, args.batch * args.n),

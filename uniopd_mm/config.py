@@ -138,6 +138,11 @@ class SamplingConfig(Settings):
     """Stop tokens beside the model's own end-of-turn tokens."""
 
 
+class EvalSamplingConfig(SamplingConfig):
+    temperature: float = Field(default=0.0, ge=0)
+    """0 = greedy."""
+
+
 class RolloutConfig(SamplingConfig):
     prompts_per_step: int = Field(default=32, gt=0)
     """Prompts (= groups) of one optimizer step, over all ranks."""
@@ -261,7 +266,7 @@ class EvalConfig(Settings):
     """Answers per prompt; the score is their mean."""
     batch: int = Field(default=64, gt=0)
     """Prompts answered together on one rank."""
-    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    sampling: EvalSamplingConfig = EvalSamplingConfig()
     """How answers are sampled; greedy by default."""
 
 

@@ -20,14 +20,14 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from task import DOMAINS, draw_strips, picture, rows
-from tiny_models import ModelShape
 
 HERE = Path(__file__).resolve().parent
 CODE = ("task.py", "tiny_models.py", "supervised.py", "prepare.py")
@@ -43,38 +43,36 @@ class PrepareError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How one model is made."""
+    """How one model is made: perhaps a tower first, then the questions.  Schedules are fields of supervised.Schedule."""
 
-    shape: ModelShape
-    schedule: dict[str, Any]
-    """Fields of ``supervised.Schedule``."""
-    expected_cpu_s: float
-    """CPU seconds on one core of a 2.6 GHz server, to share out the work and to guess the remaining time."""
     offset: int
     """Added to the seed, so that no two models start alike."""
+    questions: dict[str, Any]
+    """Schedule of the training on questions and chains."""
+    sees: bool
+    """A LLaVA on a copy of the text teacher's weights; else the text teacher itself."""
+    tower: dict[str, Any] | None = None
+    """Schedule of teaching the fresh tower to name single digits beforehand."""
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Stage name -> schedule, in order."""
+        return {**({"digits": self.tower} if self.tower else {}), "questions": self.questions}
 
 
-VISION = dict(vision_hidden=64, vision_layers=2, vision_heads=4, vision_mlp=128)
 RECIPES: dict[str, Recipe] = {
+    "teacher_text": Recipe(offset=1, sees=False, questions=dict(steps=500, peak_lr=6e-3)),
     "teacher_vlm": Recipe(
-        shape=ModelShape(kind="llava", hidden=64, layers=2, heads=4, mlp=192, **VISION),
-        schedule=dict(steps=700),
-        expected_cpu_s=95,
-        offset=1,
-    ),
-    "teacher_text": Recipe(
-        shape=ModelShape(kind="text", hidden=64, layers=2, heads=4, mlp=192),
-        schedule=dict(steps=450),
-        expected_cpu_s=50,
         offset=2,
+        sees=True,
+        tower=dict(steps=700, batch=128),
+        questions=dict(steps=200, peak_lr=2e-3, tower_lr_ratio=0.3, warmup=20),
     ),
-    "student": Recipe(
-        shape=ModelShape(kind="llava", hidden=64, layers=2, heads=4, mlp=192, **VISION),
-        schedule=dict(steps=260),
-        expected_cpu_s=50,
-        offset=3,
-    ),
+    # Half-trained on purpose: an untaught tower, few steps, and only the first few scans, each as it is.
+    "student": Recipe(offset=3, sees=True, questions=dict(steps=75, n_scans=50, warp=0.0)),
 }
+"""In an order in which each can be made from those before it."""
+STAGE_CPU_S = {"digits": 0.03, "questions": 0.09}
+"""CPU seconds per step on one core of a 2.6 GHz server: to guess the remaining time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +153,15 @@ class Workshop:
         os.replace(aside, path)
 
 
+def be_quiet_and_offline() -> None:
+    """Before transformers is first imported: no look at the hub, no progress bars of its own."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
 def scans_and_labels() -> tuple[Any, Any]:
     """The 1,797 bundled scans: ink [1797, 8, 8] in 0..16 and digits [1797]."""
     try:
@@ -184,43 +191,97 @@ def make_data(workshop: Workshop, settings: Settings) -> None:
 
 
 def run_lane(names: Sequence[str], workshop: Workshop, settings: Settings, threads: int, news: Any) -> None:
-    """In a process of its own: make the named models one after another; ``news`` gets (name, steps done, steps)."""
+    """In a process of its own: make the named models one after another; ``news`` gets (name, stage, steps, loss)."""
     # Read by the numerical libraries when they are first imported.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    be_quiet_and_offline()
     import torch
-    from supervised import Schedule, build
 
     torch.set_num_threads(threads)
-    scans, labels = scans_and_labels()
+    scans_and_digits = scans_and_labels()
     parent = multiprocessing.parent_process()
+
+    def check_parent() -> None:
+        if parent is not None and not parent.is_alive():
+            raise SystemExit("the preparation was ended; what is not finished will be made anew")
+
     for name in names:
-        recipe = RECIPES[name]
-        schedule = Schedule(**{**recipe.schedule, "steps": n_steps(name, settings)})
 
-        def progress(step: int, loss: float, name: str = name, total: int = schedule.steps) -> None:
-            if parent is not None and not parent.is_alive():
-                raise SystemExit(f"{name}: the preparation was ended; this part will be made anew")
-            news.put((name, step, total, loss))
+        def progress(stage: str, step: int, loss: float, name: str = name) -> None:
+            check_parent()
+            news.put((name, stage, step, loss))
 
-        folder = workshop.begin(name)
-        noted = build(folder, recipe.shape, schedule, scans, labels, settings.seed + 1000 * recipe.offset, progress)
-        workshop.finish(name, {".": name}, noted)
+        make_model(name, workshop, settings, scans_and_digits, progress, check_parent)
 
 
-def n_steps(name: str, settings: Settings) -> int:
-    return max(1, round(RECIPES[name].schedule["steps"] * settings.steps_scale))
+def make_model(
+    name: str,
+    workshop: Workshop,
+    settings: Settings,
+    scans_and_digits: tuple[Any, Any],
+    progress: Callable[[str, int, float], None],
+    check_parent: Callable[[], None],
+) -> None:
+    """Train one model in its stages and save it; one that sees waits for the text teacher to be finished."""
+    import torch
+    from supervised import Encoder, Lessons, Schedule, load, teach_questions, teach_tower
+    from tiny_models import VISION_TOKENS, build_language, build_tokenizer, build_tower, join, save_model
+
+    recipe, start = RECIPES[name], time.process_time()
+    seed = settings.seed + 1000 * recipe.offset
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    losses = {}
+
+    def lessons(stage: str) -> Lessons:
+        schedule = Schedule(**{**recipe.stages()[stage], "steps": n_steps(name, stage, settings)})
+        return Lessons(*scans_and_digits, schedule, seed)
+
+    if recipe.sees:
+        tower = build_tower()
+        if recipe.tower:
+            losses["digits"] = teach_tower(tower, lessons("digits"), partial(progress, "digits"))
+        while workshop.result("teacher_text") is None:
+            check_parent()
+            time.sleep(0.2)
+        model = join(load(workshop.folder / "teacher_text")[0], tower, tokenizer)
+    else:
+        model = build_language(tokenizer)
+    encoder = Encoder(tokenizer, VISION_TOKENS if recipe.sees else 0)
+    losses["questions"] = teach_questions(
+        model, encoder, lessons("questions"), partial(progress, "questions")
+    )
+    save_model(model, tokenizer, workshop.begin(name))
+    noted = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "last_loss_nats": losses,
+        "cpu_s": round(time.process_time() - start, 1),
+    }
+    workshop.finish(name, {".": name}, noted)
+
+
+def n_steps(name: str, stage: str, settings: Settings) -> int:
+    return max(1, round(RECIPES[name].stages()[stage]["steps"] * settings.steps_scale))
+
+
+def expected_cpu_s(name: str) -> float:
+    return sum(STAGE_CPU_S[stage] * schedule["steps"] for stage, schedule in RECIPES[name].stages().items())
 
 
 def share_out(names: Sequence[str], lanes: int) -> list[list[str]]:
-    """Names into at most ``lanes`` lists of about equal cost, longest first."""
+    """Names into at most ``lanes`` lists of about equal cost, longest first; each list in the order of ``RECIPES``.
+
+    That order matters: a process that waited for a model it is itself to make later would wait forever.
+    """
     shares: list[list[str]] = [[] for _ in range(max(1, min(lanes, len(names))))]
-    for name in sorted(names, key=lambda n: -RECIPES[n].expected_cpu_s):
-        min(shares, key=lambda share: sum(RECIPES[n].expected_cpu_s for n in share)).append(name)
-    return [share for share in shares if share]
+    for name in sorted(names, key=expected_cpu_s, reverse=True):
+        min(shares, key=lambda share: sum(map(expected_cpu_s, share))).append(name)
+    return [sorted(share, key=list(RECIPES).index) for share in shares if share]
 
 
-def make_models(names: Sequence[str], workshop: Workshop, settings: Settings, jobs: int, threads: int) -> None:
+def make_models(
+    names: Sequence[str], workshop: Workshop, settings: Settings, jobs: int, threads: int
+) -> None:
     """Train the named models in ``jobs`` processes of ``threads`` threads, and the data rows meanwhile if missing."""
     context = multiprocessing.get_context("spawn")
     news = context.Queue()
@@ -232,7 +293,7 @@ def make_models(names: Sequence[str], workshop: Workshop, settings: Settings, jo
         lane.start()
     if workshop.result("data") is None:
         make_data(workshop, settings)
-    watch(lanes, news, {name: n_steps(name, settings) for name in names})
+    watch(lanes, news, Progress(names, settings))
     broken = [lane for lane in lanes if lane.exitcode]
     if broken:
         raise PrepareError(
@@ -241,39 +302,60 @@ def make_models(names: Sequence[str], workshop: Workshop, settings: Settings, jo
         )
 
 
-def watch(lanes: Sequence[Any], news: Any, totals: dict[str, int]) -> None:
-    """Print progress until every lane has ended or one has failed."""
-    start = last = time.monotonic()
-    done = dict.fromkeys(totals, 0)
-    losses: dict[str, float] = {}
+def watch(lanes: Sequence[Any], news: Any, progress: Progress) -> None:
+    """Print progress until every lane has ended; end the others when one has failed."""
+    last = time.monotonic()
     while any(lane.is_alive() for lane in lanes) and not any(lane.exitcode for lane in lanes):
         with contextlib.suppress(queue.Empty):
-            name, step, _, loss = news.get(timeout=0.5)
-            done[name], losses[name] = step, loss
+            progress.hear(*news.get(timeout=0.2))
         if time.monotonic() - last >= REPORT_EVERY_S:
             last = time.monotonic()
-            print(progress_line(done, totals, losses, last - start), flush=True)
+            print(progress.line(), flush=True)
+    if any(lane.exitcode for lane in lanes):
+        for lane in lanes:
+            lane.terminate()
     for lane in lanes:
-        lane.join(timeout=0 if any(other.exitcode for other in lanes) else None)
+        lane.join()
 
 
-def progress_line(
-    done: dict[str, int], totals: dict[str, int], losses: dict[str, float], elapsed_s: float
-) -> str:
-    """E.g. ``  teacher_vlm 120/800 (loss 0.31)  student waiting   12 %, about 95 s left``."""
-    told = [
-        f"{name} {done[name]}/{totals[name]} (loss {losses[name]:.2f})" if name in losses else f"{name} waiting"
-        for name in totals
-    ]
-    cost = {name: RECIPES[name].expected_cpu_s for name in totals}
-    share = sum(cost[name] * done[name] / totals[name] for name in totals) / sum(cost.values())
-    left = f", about {elapsed_s * (1 - share) / share:.0f} s left" if share > 0.02 else ""
-    return f"  {'  '.join(told)}   {100 * share:.0f} %{left}"
+class Progress:
+    """What the training processes have told so far."""
+
+    def __init__(self, names: Sequence[str], settings: Settings) -> None:
+        self.start = time.monotonic()
+        self.total = {(n, stage): n_steps(n, stage, settings) for n in names for stage in RECIPES[n].stages()}
+        self.done = dict.fromkeys(self.total, 0)
+        self.losses: dict[tuple[str, str], float] = {}
+
+    def hear(self, name: str, stage: str, step: int, loss: float) -> None:
+        self.done[name, stage] = step
+        self.losses[name, stage] = loss
+
+    def line(self) -> str:
+        """E.g. ``  teacher_text: questions 120/500 (loss 0.31)   student: not begun   12 % done, about 95 s left``."""
+        told = [self.told(name) for name in dict.fromkeys(name for name, _ in self.total)]
+        share = self.cpu_s(self.done) / self.cpu_s(self.total)
+        elapsed_s = time.monotonic() - self.start
+        left = f", about {elapsed_s * (1 - share) / share:.0f} s left" if share > 0.02 else ""
+        return f"  {'   '.join(told)}   {100 * share:.0f} % done{left}"
+
+    def told(self, name: str) -> str:
+        begun = [key for key in self.total if key[0] == name and self.done[key]]
+        if not begun:
+            return f"{name}: not begun"
+        key = begun[-1]
+        if self.done[key] < self.total[key]:
+            return f"{name}: {key[1]} {self.done[key]}/{self.total[key]} (loss {self.losses[key]:.2f})"
+        return f"{name}: done" if key[1] == "questions" else f"{name}: waits for teacher_text"
+
+    @staticmethod
+    def cpu_s(steps: dict[tuple[str, str], int]) -> float:
+        return sum(n * STAGE_CPU_S[stage] for (_, stage), n in steps.items())
 
 
 def make_measurements(workshop: Workshop, settings: Settings, threads: int) -> dict[str, Any]:
     """Held-out accuracies and gaps of the finished models."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    be_quiet_and_offline()
     import torch
     from supervised import measure
 
@@ -311,7 +393,9 @@ def prepare(folder: Path, settings: Settings, jobs: int = 2, threads: int = 1) -
                 "serves": TEACHERS,
                 "cpu_s": round(sum(u.ru_utime + u.ru_stime for u in usage), 1),
                 "wall_s": round(time.monotonic() - start, 1),
-                "versions": {p: version(p) for p in ("torch", "transformers", "tokenizers", "scikit-learn", "numpy")},
+                "versions": {
+                    p: version(p) for p in ("torch", "transformers", "tokenizers", "scikit-learn", "numpy")
+                },
             },
         )
     manifest = workshop.manifest()
@@ -325,13 +409,17 @@ def summary(manifest: dict[str, Any]) -> str:
     lines = [f"Held-out accuracy, greedy (at temperature 1):   {'   '.join(f'{d:>15}' for d in DOMAINS)}"]
     for name, facts in manifest["models"].items():
         shares = [f"{facts['greedy'][d]:.2f} ({facts['sampled'][d]:.2f})" for d in DOMAINS]
-        lines.append(f"  {name:<14} {facts['parameters']:>8,} weights {'':>18} {'   '.join(f'{s:>15}' for s in shares)}")
+        lines.append(
+            f"  {name:<14} {facts['parameters']:>8,} weights {'':>18} {'   '.join(f'{s:>15}' for s in shares)}"
+        )
     lines.append(f"Ready after {manifest['wall_s']:.0f} s ({manifest['cpu_s']:.0f} CPU seconds).")
     return "\n".join(lines)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make it in")
     parser.add_argument("--seed", type=int, default=0, help="data, initial weights and training (default 0)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process (default 1)")
@@ -339,7 +427,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-rows", type=int, default=8000, help="rows of train.jsonl (default 8000)")
     parser.add_argument("--eval-rows", type=int, default=400, help="rows of eval.jsonl (default 400)")
     parser.add_argument(
-        "--steps-scale", type=float, default=1.0, help="fraction of the training steps; < 1 gives poor models soon"
+        "--steps-scale",
+        type=float,
+        default=1.0,
+        help="fraction of the training steps; < 1 gives poor models soon",
     )
     return parser.parse_args(argv)
 

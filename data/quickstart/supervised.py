@@ -1,4 +1,4 @@
-"""Ordinary supervised training of one quickstart model, from fresh weights, and what it gets right afterwards.
+"""Ordinary supervised training of the quickstart's models, and what they get right afterwards.
 
 B questions, L tokens (prompt and response, padded on the right).  Each question is drawn afresh from the training
 scans, which are slightly rotated, scaled and shifted: 1,297 scans alone are soon learnt by heart.
@@ -8,51 +8,68 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from task import DOMAINS, FULL_INK, SPLITS, Question, boxed_answer, canvas, chain, draw_question, image_text
-from tiny_models import FULL_INK_VALUE, IMAGE_TOKEN, ModelShape, build_model, build_tokenizer, save_model
+from task import (
+    CANVAS_SIDE,
+    CELLS,
+    DOMAINS,
+    FULL_INK,
+    SCAN_SIDE,
+    SPLITS,
+    Question,
+    boxed_answer,
+    cells,
+    chain,
+    draw_question,
+    image_text,
+)
+from tiny_models import FULL_INK_VALUE, IMAGE_TOKEN
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import CLIPVisionModel, PreTrainedModel, PreTrainedTokenizerFast
+
+Progress = Callable[[int, float], None]
+"""Hears (steps done, loss) after each step."""
 
 MAX_NEW_TOKENS = 32
-"""The longest chain has 26 tokens."""
+"""The longest chain has 24 tokens."""
 IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long and how fast one model trains."""
+    """How long and how fast, and on what, one stage trains."""
 
     steps: int
     batch: int = 64
-    """Questions per step."""
+    """Questions (for a tower alone: strips) per step."""
     peak_lr: float = 3e-3
+    tower_lr_ratio: float = 1.0
+    """Learning rate of a tower inside a LLaVA, relative to the rest; a taught tower needs little change."""
     warmup: int = 50
-    """Steps of linear warm-up; a cosine to zero follows."""
+    """Steps of linear warm-up, a quarter of all at most; a cosine to zero follows."""
     weight_decay: float = 0.05
-    rotation_deg: float = 12.0
-    """Largest rotation of a training scan, either way."""
-    stretch: float = 0.12
-    """Largest relative change of a training scan's width and height."""
-    shift_px: float = 0.8
-    """Largest shift of a training scan, in its own pixels."""
+    arithmetic_share: float = 0.7
+    """Share of arithmetic questions: reading is learnt sooner."""
     n_scans: int | None = None
-    """Train on the first so many training scans only; null = on all."""
+    """Train on the first so many training scans only; None = on all."""
+    warp: float = 1.0
+    """Scales how far training scans are rotated (12 degrees), stretched (12 %) and shifted (0.8 pixels) at most."""
 
 
 def learning_rate(step: int, schedule: Schedule) -> float:
     """Linear warm-up, then a cosine to zero."""
-    if step < schedule.warmup:
-        return schedule.peak_lr * (step + 1) / schedule.warmup
-    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    warmup = min(schedule.warmup, schedule.steps // 4)
+    if step < warmup:
+        return schedule.peak_lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, schedule.steps - warmup)
     return schedule.peak_lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -69,7 +86,9 @@ class Encoder:
         """Ids of prompt and response with the closing turn end, and the length of the prompt."""
         if question not in self._known:
             prompt = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": self.content(question)}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": self.content(question)}],
+                tokenize=False,
+                add_generation_prompt=True,
             )
             prompt = prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * max(1, self.n_image_tokens))
             prompt_ids = self.tokenizer(prompt).input_ids
@@ -78,7 +97,11 @@ class Encoder:
         return self._known[question]
 
     def content(self, question: Question) -> list[dict[str, str]]:
-        seen = {"type": "image"} if self.n_image_tokens else {"type": "text", "text": image_text(question.digits)}
+        seen = (
+            {"type": "image"}
+            if self.n_image_tokens
+            else {"type": "text", "text": image_text(question.digits)}
+        )
         return [seen, {"type": "text", "text": question.text}]
 
     def batch(self, questions: list[Question]) -> tuple[Tensor, Tensor]:
@@ -95,7 +118,7 @@ class Encoder:
         return input_ids, labels
 
 
-def warp(scans: Tensor, schedule: Schedule, generator: Any) -> Tensor:
+def warp(scans: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Scans [N, 8, 8] each rotated, stretched and shifted at random, bilinear, empty outside."""
     import torch
     from torch.nn.functional import affine_grid, grid_sample
@@ -103,52 +126,77 @@ def warp(scans: Tensor, schedule: Schedule, generator: Any) -> Tensor:
     n = len(scans)
 
     def symmetric(limit: float) -> Tensor:
-        return (2 * torch.rand(n, generator=generator) - 1) * limit
+        return (2 * torch.rand(n, generator=generator) - 1) * limit * strength
 
-    angle = symmetric(math.radians(schedule.rotation_deg))
-    width, height = 1 + symmetric(schedule.stretch), 1 + symmetric(schedule.stretch)
-    # affine_grid's unit is half a side: 8 pixels are 2 units.
-    across, down = symmetric(schedule.shift_px / 4), symmetric(schedule.shift_px / 4)
+    angle = symmetric(math.radians(12.0))
+    width, height = 1 + symmetric(0.12), 1 + symmetric(0.12)
+    # affine_grid's unit is half a side: 4 pixels.
+    across, down = symmetric(0.8 / 4), symmetric(0.8 / 4)
     row_x = torch.stack([width * angle.cos(), -height * angle.sin(), across], dim=1)
     row_y = torch.stack([width * angle.sin(), height * angle.cos(), down], dim=1)
     grid = affine_grid(torch.stack([row_x, row_y], dim=1), [n, 1, *scans.shape[1:]], align_corners=False)
     return grid_sample(scans[:, None], grid, align_corners=False)[:, 0]
 
 
+@dataclass(frozen=True)
+class Strips:
+    """A batch of B freshly drawn strips with N digits in all."""
+
+    digits: list[tuple[int, ...]]
+    """[B]"""
+    pixel_values: Tensor
+    """[B, 3, 24, 24] float32, as the processor gives them."""
+    patches: Tensor
+    """[N] int64: where each digit is, as an index into the batch's B x 9 patches."""
+
+
 class Lessons:
     """An endless, seeded source of training batches."""
 
-    def __init__(
-        self, scans: np.ndarray, labels: np.ndarray, encoder: Encoder, schedule: Schedule, seed: int
-    ) -> None:
+    def __init__(self, scans: np.ndarray, labels: np.ndarray, schedule: Schedule, seed: int) -> None:
         """``scans`` [1797, 8, 8] ink and ``labels`` [1797]; only the training split of both is used."""
         import torch
 
         self.pool = np.asarray(SPLITS["train"])[: schedule.n_scans]
         self.scans = torch.tensor(scans, dtype=torch.float32)
         self.labels = labels
-        self.encoder = encoder
         self.schedule = schedule
         self.rng = np.random.default_rng([seed, 2])
         self.generator = torch.Generator().manual_seed(seed)
 
-    def batch(self) -> dict[str, Tensor]:
-        """``input_ids`` and ``labels`` [B, L] and, for a model that sees, ``pixel_values`` [B, 3, 24, 24]."""
-        picks = [self.rng.choice(self.pool, size=int(self.rng.integers(2, 4))) for _ in range(self.schedule.batch)]
-        questions = [draw_question(self.rng, tuple(int(self.labels[i]) for i in pick)) for pick in picks]
-        input_ids, labels = self.encoder.batch(questions)
-        if not self.encoder.n_image_tokens:
-            return {"input_ids": input_ids, "labels": labels}
-        return {"input_ids": input_ids, "labels": labels, "pixel_values": self.pixels(picks)}
-
-    def pixels(self, picks: list[np.ndarray]) -> Tensor:
-        """The strips of ``picks``, warped, as the processor would give them: [B, 3, 24, 24], paper 0."""
+    def strips(self) -> Strips:
         import torch
 
-        warped = warp(self.scans[np.concatenate(picks)], self.schedule, self.generator).numpy()
-        ends = np.cumsum([len(pick) for pick in picks])
-        ink = np.stack([canvas(strip) for strip in np.split(warped, ends[:-1])])
-        return torch.from_numpy(FULL_INK_VALUE / FULL_INK * ink)[:, None].expand(-1, 3, -1, -1)
+        n_digits = self.rng.integers(2, 4, size=self.schedule.batch)
+        picks = self.rng.choice(self.pool, size=int(n_digits.sum()))
+        strip_of = torch.from_numpy(np.repeat(np.arange(len(n_digits)), n_digits))
+        column_of = torch.tensor([column for n in n_digits for column in cells(int(n))])
+        ink = torch.zeros(len(n_digits), CELLS, SCAN_SIDE, CELLS, SCAN_SIDE)
+        middle = CELLS // 2
+        ink[strip_of, middle, :, column_of] = warp(self.scans[picks], self.schedule.warp, self.generator)
+        pixels = (
+            (FULL_INK_VALUE / FULL_INK * ink).reshape(-1, 1, CANVAS_SIDE, CANVAS_SIDE).expand(-1, 3, -1, -1)
+        )
+        per_strip = np.split(self.labels[picks], np.cumsum(n_digits)[:-1])
+        return Strips(
+            digits=[tuple(int(d) for d in strip) for strip in per_strip],
+            pixel_values=pixels,
+            patches=strip_of * CELLS**2 + middle * CELLS + column_of,
+        )
+
+    def questions(self, encoder: Encoder) -> dict[str, Tensor]:
+        """``input_ids`` and ``labels`` [B, L] and, for a model that sees, ``pixel_values`` [B, 3, 24, 24]."""
+        strips = self.strips()
+        read, arithmetic = DOMAINS
+        questions = [
+            draw_question(
+                self.rng, d, arithmetic if self.rng.random() < self.schedule.arithmetic_share else read
+            )
+            for d in strips.digits
+        ]
+        input_ids, labels = encoder.batch(questions)
+        batch = {"input_ids": input_ids, "labels": labels}
+        return {**batch, "pixel_values": strips.pixel_values} if encoder.n_image_tokens else batch
 
 
 def response_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -163,60 +211,63 @@ def response_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return cross_entropy(model.get_output_embeddings()(hidden[wanted]), labels[wanted])
 
 
-def train(
-    model: PreTrainedModel, lessons: Lessons, schedule: Schedule, progress: Callable[[int, float], None]
-) -> None:
-    """AdamW for ``schedule.steps`` steps; ``progress`` hears (steps done, loss)."""
+def descend(
+    groups: list[tuple[list[Tensor], float]],
+    loss_of: Callable[[], Tensor],
+    schedule: Schedule,
+    progress: Progress,
+) -> float:
+    """AdamW for ``schedule.steps`` steps on (parameters, relative learning rate); the mean of the last 20 losses."""
     import torch
 
-    model.train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.peak_lr, betas=(0.9, 0.98), weight_decay=schedule.weight_decay, fused=True
+        [{"params": params, "ratio": ratio} for params, ratio in groups],
+        lr=schedule.peak_lr,
+        betas=(0.9, 0.98),
+        weight_decay=schedule.weight_decay,
+        fused=True,
     )
+    everything = [param for params, _ in groups for param in params]
+    losses = []
     for step in range(schedule.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, schedule)
-        loss = response_loss(model, lessons.batch())
+            group["lr"] = learning_rate(step, schedule) * group["ratio"]
+        loss = loss_of()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(everything, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        progress(step + 1, loss.item())
-    model.eval()
+        losses.append(loss.item())
+        progress(step + 1, losses[-1])
+    return round(float(np.mean(losses[-20:])), 4)
 
 
-def build(
-    folder: Path,
-    shape: ModelShape,
-    schedule: Schedule,
-    scans: np.ndarray,
-    labels: np.ndarray,
-    seed: int,
-    progress: Callable[[int, float], None],
-) -> dict[str, Any]:
-    """Train one model and save it to ``folder``; returns its size, last loss and cost in CPU seconds."""
-    import transformers
+def teach_tower(tower: CLIPVisionModel, lessons: Lessons, progress: Progress) -> float:
+    """Train a tower alone, to name the digit that each patch shows; the naming layer is thrown away."""
+    import torch
 
-    transformers.utils.logging.disable_progress_bar()
-    start = time.process_time()
-    losses: list[float] = []
+    naming = torch.nn.Linear(tower.config.hidden_size, 10)
 
-    def note(step: int, loss: float) -> None:
-        losses.append(loss)
-        progress(step, loss)
+    def loss_of() -> Tensor:
+        strips = lessons.strips()
+        features = tower(strips.pixel_values).last_hidden_state[:, 1:].flatten(0, 1)
+        shown = torch.tensor([digit for strip in strips.digits for digit in strip])
+        return torch.nn.functional.cross_entropy(naming(features[strips.patches]), shown)
 
-    tokenizer = build_tokenizer()
-    model = build_model(shape, tokenizer, seed)
-    n_image_tokens = model.config.image_seq_length if shape.kind == "llava" else 0
-    lessons = Lessons(scans, labels, Encoder(tokenizer, n_image_tokens), schedule, seed)
-    train(model, lessons, schedule, note)
-    save_model(model, tokenizer, shape, folder)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": schedule.steps,
-        "last_loss_nats": round(float(np.mean(losses[-20:])), 4),
-        "train_cpu_s": round(time.process_time() - start, 1),
-    }
+    return descend([([*tower.parameters(), *naming.parameters()], 1.0)], loss_of, lessons.schedule, progress)
+
+
+def teach_questions(model: PreTrainedModel, encoder: Encoder, lessons: Lessons, progress: Progress) -> float:
+    """Train a whole model to answer questions with their chains."""
+    tower = list(model.model.vision_tower.parameters()) if encoder.n_image_tokens else []
+    of_tower = {id(param) for param in tower}
+    rest = [param for param in model.parameters() if id(param) not in of_tower]
+    groups = [
+        (params, ratio) for params, ratio in ((tower, lessons.schedule.tower_lr_ratio), (rest, 1.0)) if params
+    ]
+    return descend(
+        groups, lambda: response_loss(model, lessons.questions(encoder)), lessons.schedule, progress
+    )
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, Any]:
@@ -288,7 +339,11 @@ def token_logprobs(model: PreTrainedModel, inputs: dict[str, Tensor], responses:
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(responses)], dim=1)
     with torch.no_grad():
         logits = model(
-            **{**inputs, "input_ids": torch.cat([inputs["input_ids"], responses], dim=1), "attention_mask": mask},
+            **{
+                **inputs,
+                "input_ids": torch.cat([inputs["input_ids"], responses], dim=1),
+                "attention_mask": mask,
+            },
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             use_cache=False,
             logits_to_keep=length + 1,
@@ -302,9 +357,6 @@ def measure(folder: Path, teachers: dict[str, str], seed: int) -> dict[str, Any]
     ``teachers``: model name -> the domain it serves.  A gap is the mean of log p_teacher - log p_student over the
     student's own tokens, in nats per token; negative: the teacher finds them less likely than the student does.
     """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
     rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
     results: dict[str, Any] = {}
     student, processor = load(folder / "student")
@@ -324,5 +376,7 @@ def measure(folder: Path, teachers: dict[str, str], seed: int) -> dict[str, Any]
         gap = token_logprobs(model, its_inputs, sampled) - student_lp
         mine = np.array([row["domain"] == teachers[name] for row in rows])[:, None]
         keep = (sampled != processor.tokenizer.pad_token_id).numpy() & mine
-        results[name]["gap_nats_per_token"] = round(float(gap.numpy()[keep].mean()), 4) if keep.any() else None
+        results[name]["gap_nats_per_token"] = (
+            round(float(gap.numpy()[keep].mean()), 4) if keep.any() else None
+        )
     return results

@@ -43,7 +43,10 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "middle": ("Which digit is in the middle?", "What is the middle digit?"),
     "right": ("Which digit is on the right?", "What is the right digit?"),
     "sum": ("What is the sum of the digits?", "Add up the digits."),
-    "difference": ("What is the left digit minus the right digit?", "Subtract the right digit from the left digit."),
+    "difference": (
+        "What is the left digit minus the right digit?",
+        "Subtract the right digit from the left digit.",
+    ),
 }
 
 
@@ -112,7 +115,7 @@ def image_text(digits: Sequence[int]) -> str:
 
 def boxed_answer(response: str) -> str | None:
     """Content of the last ``\\boxed{...}`` of a response; None without one."""
-    head, found, tail = response.rpartition("\\boxed{")
+    _, found, tail = response.rpartition("\\boxed{")
     if not found or "}" not in tail:
         return None
     return tail.partition("}")[0].strip()

@@ -5,14 +5,20 @@ All models share one tokenizer.  Everything is saved with ``save_pretrained``, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-from task import CANVAS_SIDE, PHRASES, SCAN_SIDE, Question, chain, image_text
+from task import CANVAS_SIDE, CELLS, PHRASES, SCAN_SIDE, Question, chain, image_text
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import (
+        CLIPVisionModel,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedModel,
+        PreTrainedTokenizerFast,
+        Qwen3ForCausalLM,
+    )
 
 IMAGE_TOKEN = "<image>"
 TURN_START = "<|im_start|>"
@@ -34,25 +40,23 @@ CHAT_TEMPLATE = (
 
 FULL_INK_VALUE = -4.0
 """Pixel value of full ink after the processor."""
-PLACE_STD = 0.3
-"""Initial spread of the tower's position embeddings: that of a patch's own embedding, so that places show at once."""
+PATCH_STD = 0.1
+"""Initial spread of the patch weights; CLIP's 0.02 is swamped by the first steps at the learning rates used here."""
+PLACE_STD = 1.0
+"""Initial spread of the position embeddings: about that of a patch's own embedding."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """Sizes of one model; the vision sizes are unused by a text-only one."""
-
-    kind: Literal["llava", "text"]
-    hidden: int
-    layers: int
-    heads: int
-    mlp: int
-    vision_hidden: int = 0
-    vision_layers: int = 0
-    vision_heads: int = 1
-    vision_mlp: int = 0
-    patch: int = SCAN_SIDE
-    """Pixels of a patch's side after resizing."""
+LANGUAGE = dict(
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+)
+VISION = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+VISION_TOKENS = CELLS**2
+"""A patch is one cell of the canvas, so that a picture costs nine tokens."""
 
 
 def corpus() -> list[str]:
@@ -85,7 +89,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(corpus(), trainer)
     bpe.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (TURN_START, TURN_END, PAD, IMAGE_TOKEN)]
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token in (TURN_START, TURN_END, PAD, IMAGE_TOKEN)
+        ]
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -100,8 +107,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast, patch: int) -> LlavaProcessor:
-    """Picture -> pixel values of exactly one pixel per scan pixel: paper 0, full ink ``FULL_INK_VALUE``.
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Picture -> pixel values, one pixel per scan pixel: paper 0, full ink ``FULL_INK_VALUE``.
 
     With paper at zero an empty cell tells its place and nothing else, which a fresh tower learns from much faster.
     """
@@ -118,71 +125,87 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, patch: int) -> LlavaProc
     return LlavaProcessor(
         images,
         tokenizer,
-        patch_size=patch,
+        patch_size=SCAN_SIDE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=tokenizer.chat_template,
     )
 
 
-def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """A freshly initialised model of ``shape``: LLaVA (CLIP tower + Llama) or a plain Qwen3."""
-    import torch
-    from transformers import (
-        CLIPVisionConfig,
-        GenerationConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+def build_language(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A freshly initialised text-only language model; seed torch before."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    torch.manual_seed(seed)
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    language = dict(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        head_dim=shape.hidden // shape.heads,
-        max_position_embeddings=256,
-        initializer_range=shape.hidden**-0.5 / 2,
+        **LANGUAGE,
+        max_position_embeddings=tokenizer.model_max_length,
+        # The usual 0.02 is meant for widths in the thousands and would learn nothing for many steps here.
+        initializer_range=LANGUAGE["hidden_size"] ** -0.5 / 2,
         tie_word_embeddings=True,
-        **special,
+        **special_ids(tokenizer),
     )
-    if shape.kind == "text":
-        model = Qwen3ForCausalLM(Qwen3Config(**language))
-    else:
-        vision = CLIPVisionConfig(
-            hidden_size=shape.vision_hidden,
-            intermediate_size=shape.vision_mlp,
-            num_hidden_layers=shape.vision_layers,
-            num_attention_heads=shape.vision_heads,
-            image_size=CANVAS_SIDE,
-            patch_size=shape.patch,
-        )
-        config = LlavaConfig(
-            vision_config=vision,
-            text_config=LlamaConfig(**language),
-            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-            image_seq_length=(CANVAS_SIDE // shape.patch) ** 2,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
-            tie_word_embeddings=True,
-        )
-        model = LlavaForConditionalGeneration(config)
-        torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=PLACE_STD)
-    model.generation_config = GenerationConfig(**special)
+    return finished(Qwen3ForCausalLM(config), tokenizer)
+
+
+def build_tower() -> CLIPVisionModel:
+    """A freshly initialised CLIP vision tower; seed torch before."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        **VISION,
+        image_size=CANVAS_SIDE,
+        patch_size=SCAN_SIDE,
+        initializer_range=PATCH_STD,
+    )
+    tower = CLIPVisionModel(config)
+    # Places as loud as ink: by default they are fifteen times fainter, and "left" is then hard to tell from "right".
+    torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=PLACE_STD)
+    return tower
+
+
+def join(
+    language: Qwen3ForCausalLM, tower: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast
+) -> LlavaForConditionalGeneration:
+    """A LLaVA of copies of the two and a fresh projector between them; seed torch before."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=VISION_TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    return finished(model, tokenizer)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+
+
+def finished(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The model with generation settings that stop at the end of the turn."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(**special_ids(tokenizer))
     return model
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, shape: ModelShape, folder: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Everything that ``from_pretrained`` needs: weights, configs, tokenizer, chat template, and the processor."""
     model.save_pretrained(folder)
-    if shape.kind == "llava":
-        build_processor(tokenizer, shape.patch).save_pretrained(folder)
+    if hasattr(model.config, "vision_config"):
+        build_processor(tokenizer).save_pretrained(folder)
     else:
         tokenizer.save_pretrained(folder)

@@ -180,7 +180,7 @@ def test_poison_where_nothing_is_scored_leaves_loss_gradient_and_statistics_alon
 
 def one_token_each(n: int, **changes: Any) -> dict[str, Tensor]:
     zeros = torch.zeros(n, 1, dtype=torch.float64)
-    batch = {k: zeros for k in ("student_lp_BT", "old_lp_BT", "teacher_lp_BT")}
+    batch = dict.fromkeys(("student_lp_BT", "old_lp_BT", "teacher_lp_BT"), zeros)
     batch |= {"advantages_BT": zeros + 1, "scored_BT": zeros == 0, "kept_B": torch.ones(n, dtype=torch.bool)}
     return batch | {k: torch.as_tensor(v, dtype=batch.get(k, zeros).dtype) for k, v in changes.items()}
 
@@ -236,7 +236,7 @@ def test_an_update_with_nothing_kept_has_zero_loss_and_gradient(config: dict[str
 
 def test_sample_mean_weighs_rollouts_and_token_mean_weighs_tokens() -> None:
     zeros = torch.zeros(2, 4, dtype=torch.float64)
-    batch = {k: zeros for k in ("student_lp_BT", "old_lp_BT", "teacher_lp_BT")}
+    batch = dict.fromkeys(("student_lp_BT", "old_lp_BT", "teacher_lp_BT"), zeros)
     batch |= {"advantages_BT": torch.tensor([[-1.0], [-5.0]]).double().expand(2, 4), "kept_B": torch.ones(2)}
     batch["scored_BT"] = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool()
     assert gradient(batch, LossConfig())[0] == (1 + 5) / 2

@@ -354,7 +354,7 @@ def test_the_reader_opens_the_images_of_its_slots(tmp_path):
     order = PromptOrder(8, seed=3)
     drawn = PromptReader(prompts, order, prompts_per_step=4).draw(1, [3, 0])
     assert [d.slot for d in drawn] == [3, 0]
-    for slot, prompt, images in drawn:
+    for slot, prompt, images, _ in drawn:
         index = order.at(1, 4)[slot]
         assert prompt.id == f"toy/{index}" and images[0].getpixel((0, 0)) == (index, 0, 0)
 
@@ -430,3 +430,17 @@ def test_importing_the_room_loads_neither_torch_nor_datasets_nor_pillow():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert run.stdout.strip() == "set()"
+
+
+def test_a_prompt_that_cannot_be_encoded_is_replaced_and_listed(tmp_path):
+    def encode(prompt, images):
+        if prompt.id.endswith("2"):
+            raise DataError(f"{prompt.source}: 9000 prompt tokens, at most 4096 fit beside the response")
+        return ("encoded", prompt.id)
+
+    reader = PromptReader(picture_set(tmp_path, 4, set()), PromptOrder(4), 4, encode=encode)
+    drawn = reader.draw(0, range(4))
+    assert [d.encoded for d in drawn] == [("encoded", d.prompt.id) for d in drawn]
+    assert len(drawn) == 4 and not any(d.prompt.id.endswith("2") for d in drawn)
+    (bad,) = reader.bad_rows
+    assert "9000 prompt tokens" in bad.reason

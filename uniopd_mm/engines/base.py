@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
+from uniopd_mm.errors import DataError
+from uniopd_mm.processors import ProcessorError
 from uniopd_mm.rollout import Group, Prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from uniopd_mm.config import SamplingConfig
-    from uniopd_mm.processors import VLMProcessor
+    from uniopd_mm.processors import EncodedPrompt, VLMProcessor
 
 
 class Engine(Protocol):
@@ -37,11 +39,30 @@ class Engine(Protocol):
         ...
 
 
+def encode_prompt(
+    processor: VLMProcessor, prompt: Prompt, images: tuple[Image, ...], max_tokens: int | None = None
+) -> EncodedPrompt:
+    """The prompt as the student takes it; DataError naming its row when it cannot be encoded or is too long.
+
+    A prompt is never truncated: cutting through an image's tokens would leave the rest without their picture.
+    """
+    try:
+        encoded = processor.encode(list(prompt.messages), images)
+    except ProcessorError as error:
+        raise DataError(f"{prompt.source or prompt.id}: {error}") from error
+    if max_tokens is not None and len(encoded.input_ids) > max_tokens:
+        raise DataError(
+            f"{prompt.source or prompt.id}: {len(encoded.input_ids)} prompt tokens, at most {max_tokens} fit beside the "
+            "response. Lower max_pixels or rollout.max_new_tokens, or remove the row."
+        )
+    return encoded
+
+
 def encode_groups(
-    drawn: Iterable[tuple[int, Prompt, tuple[Image, ...]]], processor: VLMProcessor, weight_version: int = 0
+    drawn: Iterable[tuple[int, Prompt, tuple[Image, ...]]], processor: VLMProcessor
 ) -> list[Group]:
-    """Prompts with opened images -> groups without rollouts; ``drawn`` holds (slot, prompt, images)."""
+    """(slot, prompt, opened images) -> groups without rollouts."""
     return [
-        Group(prompt, processor.encode(list(prompt.messages), images), (), images, slot, weight_version)
+        Group(prompt, encode_prompt(processor, prompt, images), (), images, slot)
         for slot, prompt, images in drawn
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from uniopd_mm.config import SamplingConfig
 from uniopd_mm.engines import Engine, encode_groups
 from uniopd_mm.errors import DataError
-from uniopd_mm.processors import ProcessorError, VLMProcessor
+from uniopd_mm.processors import VLMProcessor
 from uniopd_mm.prompts import open_images
 from uniopd_mm.rollout import Outcome, Prompt
 from uniopd_mm.training.distributed import World
@@ -76,7 +76,7 @@ def _answer(
     for slot, prompt in prompts.items():
         try:
             (groups[slot],) = encode_groups([(slot, prompt, open_images(prompt))], processor)
-        except (DataError, ProcessorError) as error:
+        except DataError as error:
             failed[slot] = Outcome(correct=None, reason=str(error))
     answered = engine.sample(list(groups.values()), n, sampling, (EVALUATION_SEED, seed))
     texts = [(g.prompt, r.text) for g in answered for r in g.rollouts]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +21,8 @@ from uniopd_mm.rollout import Prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from uniopd_mm.processors import EncodedPrompt
 
 MIN_BAD_ROWS = 5
 """Bad rows that a run survives before their share of the rows seen so far counts (unless max_bad_share is 0)."""
@@ -69,10 +71,12 @@ class DrawnPrompt(NamedTuple):
     prompt: Prompt
     images: tuple[Image, ...]
     """The prompt's images, opened once (RGB)."""
+    encoded: EncodedPrompt | None = None
+    """What ``PromptReader.encode`` made of it."""
 
 
 class PromptReader:
-    """Opens the prompts of a step; a row whose images cannot be opened is replaced, counted and kept in ``bad_rows``.
+    """Opens the prompts of a step; a row that cannot be opened (or encoded) is replaced, counted and kept in ``bad_rows``.
 
     Past ``max_bad_share`` of the distinct rows this rank has seen since it started (and past ``MIN_BAD_ROWS`` rows,
     unless the share is 0) it stops the run with the list.
@@ -85,9 +89,12 @@ class PromptReader:
         prompts_per_step: int,
         max_bad_share: float = 0.01,
         workers: int = 4,
+        encode: Callable[[Prompt, tuple[Image, ...]], EncodedPrompt] | None = None,
     ) -> None:
+        """``encode`` may refuse a prompt (too long, say) with a DataError: it is replaced like one that does not open."""
         self.prompts, self.order = prompts, order
         self.prompts_per_step, self.max_bad_share, self.workers = prompts_per_step, max_bad_share, workers
+        self.encode = encode
         self._seen: set[int] = set()
         self._bad: dict[int, BadRow] = {}
 
@@ -108,16 +115,27 @@ class PromptReader:
         self, step: int, slot: int, index: int, found: tuple[Prompt, tuple[Image, ...]] | DataError
     ) -> DrawnPrompt:
         attempt = 0
-        while isinstance(found, DataError):
-            self._record(index, found)
+        while isinstance(drawn := self._encoded(slot, found), DataError):
+            self._record(index, drawn)
             attempt += 1
             if attempt > MAX_ATTEMPTS:
-                tried = f"none of {MAX_ATTEMPTS} replacements could be opened"
-                raise DataError(f"step {step}, slot {slot}: {tried}; the last: {found}") from found
+                tried = f"none of {MAX_ATTEMPTS} replacements could be used"
+                raise DataError(f"step {step}, slot {slot}: {tried}; the last: {drawn}") from drawn
             index = replacement(self.order.seed, step, slot, attempt, len(self.prompts))
             found = self._open(index)
         self._seen.add(index)
-        return DrawnPrompt(slot, *found)
+        return drawn
+
+    def _encoded(
+        self, slot: int, found: tuple[Prompt, tuple[Image, ...]] | DataError
+    ) -> DrawnPrompt | DataError:
+        """Not in the threads: a tokenizer may not be shared between them."""
+        if isinstance(found, DataError):
+            return found
+        try:
+            return DrawnPrompt(slot, *found, self.encode(*found) if self.encode else None)
+        except DataError as error:
+            return error
 
     def _open(self, index: int) -> tuple[Prompt, tuple[Image, ...]] | DataError:
         try:

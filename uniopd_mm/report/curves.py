@@ -141,9 +141,10 @@ def _training(
         axis.plot(steps, running_mean(values, max(5, len(values) // 15)), color=colour, lw=2.2)
     least = {"%": 5.0, "tokens": 1.0}.get(unit, 0.05)
     # Zero always shows: for the gap it is the teacher, for the others it makes heights comparable.
-    axis.set_ylim(1.08 * min(0.0, *values), 1.08 * max(0.0, *values))
     if max(map(abs, values)) < least:
         axis.set_ylim(-least if min(values) < 0 else 0, least)
+    else:
+        axis.set_ylim(1.08 * min(0.0, *values), 1.08 * max(0.0, *values))
 
 
 def _seconds(axis: Axes, events: Sequence[Event]) -> None:

@@ -44,10 +44,44 @@ METRICS: tuple[Metric, ...] = (
         "mean return of correct minus incorrect rollouts before calibration, averaged over such groups",
     ),
     Metric(
+        "train/margin_after", "nats/token", "at least calibration.delta", "train/margin after calibration"
+    ),
+    Metric("train/inverted_share_after", "share", "0 with shift", "train/inverted_share after calibration"),
+    Metric("train/mixed_groups", "", "most of the groups", "groups with correct and incorrect rollouts"),
+    Metric(
+        "train/return_correct",
+        "nats/token",
+        "above train/return_incorrect",
+        "mean return of correct rollouts",
+    ),
+    Metric("train/return_incorrect", "nats/token", "below 0", "mean return of incorrect rollouts"),
+    Metric(
+        "train/gap_masked",
+        "share",
+        "below 0.01",
+        "trained tokens without loss because |gap| >= loss.gap_mask",
+    ),
+    Metric(
+        "train/clipped", "share", "near 0 with one update per batch", "trained tokens whose ratio was clipped"
+    ),
+    Metric("train/ratio", "", "1 with one update per batch", "mean p_student(now) / p_student(when sampled)"),
+    Metric(
+        "train/mismatch",
+        "nats",
+        "below 0.01",
+        "rollout/mismatch over the trained tokens, when it is corrected for",
+    ),
+    Metric(
+        "train/mismatch_capped",
+        "share",
+        "near 0",
+        "trained tokens whose importance weight was cut to mismatch_cap",
+    ),
+    Metric(
         "train/entropy",
         "nats/token",
         "slowly falling, not collapsing to 0",
-        "entropy of the student's distribution",
+        "mean -log p of the sampled tokens, an estimate of the student's entropy",
     ),
     Metric(
         "train/loss",
@@ -81,6 +115,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("domain/NAME/accuracy", "share", "rising", "train/accuracy of one domain"),
     Metric("eval/accuracy", "share", "rising", "held-out accuracy over all rows"),
     Metric("eval/NAME/accuracy", "share", "rising; none falling", "held-out accuracy of one domain"),
+    Metric("eval/n", "", "constant", "held-out answers"),
+    Metric(
+        "eval/unknown_share", "share", "0", "held-out answers whose outcome is unknown; not in the accuracy"
+    ),
+    Metric("eval/unparsed_share", "share", "falling", "held-out answers in which no answer was found"),
+    Metric("eval/truncated_share", "share", "below 0.05", "held-out answers that ended at max_new_tokens"),
+    Metric("eval/length", "tokens", "steady", "mean length of a held-out answer"),
     Metric("time/NAME_s", "s", "steady", "seconds in one phase: sample, verify, score, update, eval, save"),
     Metric(
         "perf/tokens_per_s", "tokens/s", "steady", "response tokens per second of the whole step, all ranks"

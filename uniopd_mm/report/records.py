@@ -16,7 +16,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -83,7 +83,7 @@ class RunFolder:
         earlier: list[dict[str, Any]] = before.pop("earlier", [])
         if before and any(before.get(key) != value for key, value in now.items()):
             earlier.append(before)
-        now["started"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now["started"] = datetime.now(UTC).isoformat(timespec="seconds")
         _replace(self.config, config_yaml.encode("utf-8"))
         _replace(self.versions, (json.dumps({**now, "earlier": earlier}, indent=2) + "\n").encode("utf-8"))
 

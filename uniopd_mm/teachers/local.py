@@ -15,7 +15,7 @@ from torch import Tensor
 from uniopd_mm.alignment import AlignedResponse, Aligner, teacher_messages, text_encoder, vocabulary
 from uniopd_mm.config import TeacherConfig
 from uniopd_mm.models import MultimodalLM, response_logprobs, split_groups
-from uniopd_mm.rollout import Group, Rollout
+from uniopd_mm.rollout import Group, Message, Prompt, Rollout
 
 if TYPE_CHECKING:
     from uniopd_mm.processors import EncodedPrompt, VLMProcessor
@@ -46,11 +46,14 @@ class LocalTeacher:
             encode_text=text_encoder(self.processor.tokenizer),
         )
 
+    def messages(self, prompt: Prompt) -> tuple[tuple[Message, ...], bool]:
+        """The prompt in this teacher's view, and whether the images go with it; AlignmentError when it has none."""
+        settings = self.settings
+        return teacher_messages(prompt, settings.view, self.sees_images, settings.allow_blind, self.name)
+
     def encode(self, group: Group) -> EncodedPrompt:
         """The prompt as this teacher sees it: its own template, its own image tokens."""
-        messages, use_images = teacher_messages(
-            group.prompt, self.settings.view, self.sees_images, self.settings.allow_blind, self.name
-        )
+        messages, use_images = self.messages(group.prompt)
         return self.processor.encode(list(messages), group.images if use_images else ())
 
     @torch.no_grad()

@@ -9,14 +9,15 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from uniopd_mm.config import ModelConfig, TrainConfig, config_diff, dump_config
-from uniopd_mm.engines import LocalEngine, encode_groups
-from uniopd_mm.errors import ResumeError, UniOPDError
+from uniopd_mm.engines import LocalEngine, encode_groups, encode_prompt
+from uniopd_mm.errors import AlignmentError, DataError, ResumeError, UniOPDError
 from uniopd_mm.evaluation import evaluate, summarise, write_samples
 from uniopd_mm.models import MultimodalLM, load_model
 from uniopd_mm.preflight import (
@@ -54,7 +55,7 @@ class Run:
     def __init__(self, config: TrainConfig, stop: StopRequest, fresh: bool = False) -> None:
         self.config, self.stop, self.fresh = config, stop, fresh
         self.out = Path(config.out)
-        self.step = self.n_skipped = self._n_bad = 0
+        self.step = self._n_bad = 0
 
     def __enter__(self) -> Run:
         config = self.config
@@ -100,6 +101,7 @@ class Run:
                 for name, model in teacher_models.items()
             },
         )
+        self._require_views()
         self.engine = LocalEngine(self.student, config.rollout.concurrent_rollouts)
         self.verifiers = self._exit.enter_context(VerifierPool(config.verifier))
         self.reader = PromptReader(
@@ -107,6 +109,7 @@ class Run:
             PromptOrder(len(self.train_prompts), config.seed, config.data.shuffle),
             config.rollout.prompts_per_step,
             config.data.max_bad_share,
+            encode=partial(encode_prompt, self.student.processor, max_tokens=self._max_prompt_tokens()),
         )
         if checkpoint is not None:
             load_checkpoint(self.trainer, world, checkpoint)
@@ -182,6 +185,7 @@ class Run:
             "seed": config.seed,
         }
         self.train_prompts: PromptSet = load_prompts(config.data.train, **options)
+        self.n_skipped = len(self.train_prompts.bad_rows)
         self.eval_prompts: PromptSet | None = None
         if config.data.eval is not None:
             self.eval_prompts = load_prompts(config.data.eval, **options)
@@ -196,6 +200,28 @@ class Run:
                 loaded[key] = load_model(settings, self.world.device)
             result[name] = loaded[key]
         return result
+
+    def _max_prompt_tokens(self) -> int | None:
+        """Positions of the student that a response of full length leaves for the prompt."""
+        limit = getattr(self.student.text_config, "max_position_embeddings", None)
+        return None if limit is None else limit - self.config.rollout.max_new_tokens
+
+    def _require_views(self) -> None:
+        """Every teacher can be shown every prompt of its domains; the ranks share the rows."""
+        problems = []
+        for index in self.world.share(len(self.train_prompts)):
+            prompt = self.train_prompts[index]
+            teacher = self.teachers.teachers[route(self.config.teachers, prompt.domain)]
+            try:
+                teacher.messages(prompt)
+            except AlignmentError as error:
+                problems.append(str(error))
+        problems = self.world.gather(problems)
+        if problems:
+            more = f"\n  and {len(problems) - 10} more rows" if len(problems) > 10 else ""
+            raise AlignmentError(
+                "\n  ".join([f"{len(problems)} rows that their teacher cannot see:", *problems[:10]]) + more
+            )
 
     def _start_reporting(self) -> None:
         config, world = self.config, self.world
@@ -230,9 +256,10 @@ class Run:
     def draw(self, step: int) -> list[Group]:
         """This rank's groups of a step, images opened and prompts encoded; the same slots on any number of ranks."""
         mine = self.world.share(self.config.rollout.prompts_per_step)
-        return encode_groups(
-            self.reader.draw(step, mine), self.student.processor, weight_version=self.trainer.updates
-        )
+        return [
+            Group(d.prompt, d.encoded, (), d.images, d.slot, weight_version=self.trainer.updates)
+            for d in self.reader.draw(step, mine)
+        ]
 
     def verify(self, groups: list[Group]) -> list[Group]:
         """Fill every rollout's outcome."""
@@ -378,15 +405,16 @@ class Run:
         require_ok(findings)
 
     def preflight_groups(self) -> list[Group]:
-        """Two rollouts each of the first prompts of every domain, sampled by the student."""
-        per_domain: dict[str, list[Group]] = {}
+        """Two rollouts each of the first prompts of every domain and number of images, sampled by the student."""
+        chosen: dict[tuple[str, int], list[Group]] = {}
         for index in range(min(len(self.train_prompts), 256)):
             prompt = self.train_prompts[index]
-            found = per_domain.setdefault(prompt.domain, [])
+            found = chosen.setdefault((prompt.domain, len(prompt.images)), [])
             if len(found) < 2:
-                slot = sum(map(len, per_domain.values()))
-                found += encode_groups([(slot, prompt, open_images(prompt))], self.student.processor)
-        groups = [g for found in per_domain.values() for g in found]
+                slot = sum(map(len, chosen.values()))
+                with contextlib.suppress(DataError):  # skipped and counted when its turn comes
+                    found += encode_groups([(slot, prompt, open_images(prompt))], self.student.processor)
+        groups = [g for found in chosen.values() for g in found]
         short = self.config.rollout.model_copy(
             update={"max_new_tokens": min(64, self.config.rollout.max_new_tokens)}
         )
