@@ -21,12 +21,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from supervised import Schedule
 from task import DOMAINS, draw_strips, picture, rows
 
 HERE = Path(__file__).resolve().parent
@@ -43,32 +44,32 @@ class PrepareError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How one model is made: perhaps a tower first, then the questions.  Schedules are fields of supervised.Schedule."""
+    """How one model is made: perhaps its tower first, then the whole of it."""
 
     offset: int
-    """Added to the seed, so that no two models start alike."""
-    questions: dict[str, Any]
-    """Schedule of the training on questions and chains."""
+    """Times 1000, added to the seed, so that no two models start alike."""
     sees: bool
     """A LLaVA on a copy of the text teacher's weights; else the text teacher itself."""
-    tower: dict[str, Any] | None = None
-    """Schedule of teaching the fresh tower to name single digits beforehand."""
+    digits: Schedule | None = None
+    """Teaching the fresh tower to name single digits, before it is joined to the language model."""
+    questions: Schedule
+    """Training on questions and their chains."""
 
-    def stages(self) -> dict[str, dict[str, Any]]:
+    def stages(self) -> dict[str, Schedule]:
         """Stage name -> schedule, in order."""
-        return {**({"digits": self.tower} if self.tower else {}), "questions": self.questions}
+        return {**({"digits": self.digits} if self.digits else {}), "questions": self.questions}
 
 
 RECIPES: dict[str, Recipe] = {
-    "teacher_text": Recipe(offset=1, sees=False, questions=dict(steps=500, peak_lr=6e-3)),
+    "teacher_text": Recipe(offset=1, sees=False, questions=Schedule(steps=500, peak_lr=6e-3)),
     "teacher_vlm": Recipe(
         offset=2,
         sees=True,
-        tower=dict(steps=700, batch=128),
-        questions=dict(steps=200, peak_lr=2e-3, tower_lr_ratio=0.3, warmup=20),
+        digits=Schedule(steps=700, batch=128),
+        questions=Schedule(steps=200, peak_lr=2e-3, tower_lr_ratio=0.3, warmup=20),
     ),
-    # Half-trained on purpose: an untaught tower, few steps, and only the first few scans, each as it is.
-    "student": Recipe(offset=3, sees=True, questions=dict(steps=75, n_scans=50, warp=0.0)),
+    # Half-trained on purpose: it has seen only the first thirty scans, three of each digit, and no variation of them.
+    "student": Recipe(offset=3, sees=True, questions=Schedule(steps=120, n_scans=30, warp=0.0)),
 }
 """In an order in which each can be made from those before it."""
 STAGE_CPU_S = {"digits": 0.03, "questions": 0.09}
@@ -153,6 +154,12 @@ class Workshop:
         os.replace(aside, path)
 
 
+def import_for_measuring() -> None:
+    """Slow imports, done while other processes train rather than after them."""
+    be_quiet_and_offline()
+    from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, Qwen3ForCausalLM  # noqa: F401
+
+
 def be_quiet_and_offline() -> None:
     """Before transformers is first imported: no look at the hub, no progress bars of its own."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -224,7 +231,7 @@ def make_model(
 ) -> None:
     """Train one model in its stages and save it; one that sees waits for the text teacher to be finished."""
     import torch
-    from supervised import Encoder, Lessons, Schedule, load, teach_questions, teach_tower
+    from supervised import Encoder, Lessons, load, teach_questions, teach_tower
     from tiny_models import VISION_TOKENS, build_language, build_tokenizer, build_tower, join, save_model
 
     recipe, start = RECIPES[name], time.process_time()
@@ -234,12 +241,12 @@ def make_model(
     losses = {}
 
     def lessons(stage: str) -> Lessons:
-        schedule = Schedule(**{**recipe.stages()[stage], "steps": n_steps(name, stage, settings)})
+        schedule = replace(recipe.stages()[stage], steps=n_steps(name, stage, settings))
         return Lessons(*scans_and_digits, schedule, seed)
 
     if recipe.sees:
         tower = build_tower()
-        if recipe.tower:
+        if recipe.digits:
             losses["digits"] = teach_tower(tower, lessons("digits"), partial(progress, "digits"))
         while workshop.result("teacher_text") is None:
             check_parent()
@@ -261,22 +268,15 @@ def make_model(
 
 
 def n_steps(name: str, stage: str, settings: Settings) -> int:
-    return max(1, round(RECIPES[name].stages()[stage]["steps"] * settings.steps_scale))
-
-
-def expected_cpu_s(name: str) -> float:
-    return sum(STAGE_CPU_S[stage] * schedule["steps"] for stage, schedule in RECIPES[name].stages().items())
+    return max(1, round(RECIPES[name].stages()[stage].steps * settings.steps_scale))
 
 
 def share_out(names: Sequence[str], lanes: int) -> list[list[str]]:
-    """Names into at most ``lanes`` lists of about equal cost, longest first; each list in the order of ``RECIPES``.
+    """Names into at most ``lanes`` lists, dealt in turn, each list in the order of ``RECIPES``.
 
-    That order matters: a process that waited for a model it is itself to make later would wait forever.
+    That order matters: a process that waited for a model it is itself to make later would wait for ever.
     """
-    shares: list[list[str]] = [[] for _ in range(max(1, min(lanes, len(names))))]
-    for name in sorted(names, key=expected_cpu_s, reverse=True):
-        min(shares, key=lambda share: sum(map(expected_cpu_s, share))).append(name)
-    return [sorted(share, key=list(RECIPES).index) for share in shares if share]
+    return [list(names[lane::lanes]) for lane in range(lanes) if names[lane::lanes]]
 
 
 def make_models(
@@ -293,6 +293,7 @@ def make_models(
         lane.start()
     if workshop.result("data") is None:
         make_data(workshop, settings)
+    import_for_measuring()
     watch(lanes, news, Progress(names, settings))
     broken = [lane for lane in lanes if lane.exitcode]
     if broken:

@@ -92,17 +92,13 @@ class Encoder:
             )
             prompt = prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * max(1, self.n_image_tokens))
             prompt_ids = self.tokenizer(prompt).input_ids
-            response_ids = self.tokenizer(chain(question)).input_ids + [self.tokenizer.eos_token_id]
+            response_ids = [*self.tokenizer(chain(question)).input_ids, self.tokenizer.eos_token_id]
             self._known[question] = (prompt_ids + response_ids, len(prompt_ids))
         return self._known[question]
 
     def content(self, question: Question) -> list[dict[str, str]]:
-        seen = (
-            {"type": "image"}
-            if self.n_image_tokens
-            else {"type": "text", "text": image_text(question.digits)}
-        )
-        return [seen, {"type": "text", "text": question.text}]
+        told = {"type": "text", "text": image_text(question.digits)}
+        return [{"type": "image"} if self.n_image_tokens else told, {"type": "text", "text": question.text}]
 
     def batch(self, questions: list[Question]) -> tuple[Tensor, Tensor]:
         """Input ids and labels [B, L], labels aligned with the ids (not shifted), ``IGNORED`` on prompt and padding."""

@@ -46,15 +46,15 @@ PLACE_STD = 1.0
 """Initial spread of the position embeddings: about that of a patch's own embedding."""
 
 
-LANGUAGE = dict(
-    hidden_size=64,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=16,
-)
-VISION = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+LANGUAGE = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+}
+VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION_TOKENS = CELLS**2
 """A patch is one cell of the canvas, so that a picture costs nine tokens."""
 

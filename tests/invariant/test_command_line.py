@@ -89,7 +89,7 @@ def test_a_few_bad_rows_are_skipped_counted_and_listed(recipe: Path) -> None:
     skipped = (run / "skipped.jsonl").read_text()
     assert "changed.jsonl:5" in skipped and "broken.png" in skipped
     assert metrics(run)[-2]["data/skipped"] == len(skipped.splitlines())
-    assert [row["step"] for row in metrics(run)] == [1, 2]
+    assert [row["step"] for row in metrics(run)] == [0, 1, 2, 2]  # the evaluation before, two steps, the one after
 
 
 def test_a_text_only_teacher_without_a_view_of_the_image_is_refused(recipe: Path) -> None:

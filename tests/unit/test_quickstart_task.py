@@ -237,7 +237,7 @@ def test_only_response_tokens_and_the_turn_end_are_trained_on(tokenizer):
 
 
 def test_a_finished_part_is_kept_and_another_setting_makes_it_anew(made):
-    folder, workshop, chosen = made
+    folder, workshop, _chosen = made
     prepare = part("prepare")
     assert all(workshop.result(name) for name in ("data", *prepare.RECIPES))
     other = prepare.Workshop(
