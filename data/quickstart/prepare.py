@@ -175,7 +175,7 @@ def scans_and_labels() -> tuple[Any, Any]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise PrepareError("scikit-learn brings the scans; type: pip install scikit-learn") from error
-    bundle = load_digits()
+    bundle: Any = load_digits()
     return bundle.images, bundle.target
 
 

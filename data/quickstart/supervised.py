@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from tiny_models import FULL_INK_VALUE, IMAGE_TOKEN
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import CLIPVisionModel, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import CLIPVisionModel, PreTrainedModel
 
 Progress = Callable[[int, float], None]
 """Hears (steps done, loss) after each step."""
@@ -76,7 +76,7 @@ def learning_rate(step: int, schedule: Schedule) -> float:
 class Encoder:
     """Questions -> token ids; remembers each distinct question, since there are only some ten thousand."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, n_image_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, n_image_tokens: int) -> None:
         """``n_image_tokens`` 0: a model that sees no images and is told the digits instead."""
         self.tokenizer = tokenizer
         self.n_image_tokens = n_image_tokens
@@ -85,12 +85,9 @@ class Encoder:
     def __call__(self, question: Question) -> tuple[list[int], int]:
         """Ids of prompt and response with the closing turn end, and the length of the prompt."""
         if question not in self._known:
-            prompt = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": self.content(question)}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            prompt = prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * max(1, self.n_image_tokens))
+            turns: Any = [{"role": "user", "content": self.content(question)}]
+            prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            prompt = str(prompt).replace(IMAGE_TOKEN, IMAGE_TOKEN * max(1, self.n_image_tokens))
             prompt_ids = self.tokenizer(prompt).input_ids
             response_ids = [*self.tokenizer(chain(question)).input_ids, self.tokenizer.eos_token_id]
             self._known[question] = (prompt_ids + response_ids, len(prompt_ids))
@@ -195,7 +192,7 @@ class Lessons:
         return {**batch, "pixel_values": strips.pixel_values} if encoder.n_image_tokens else batch
 
 
-def response_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def response_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy of the response tokens, in nats; the vocabulary layer runs on those positions only."""
     from torch.nn.functional import cross_entropy
 
@@ -208,7 +205,7 @@ def response_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def descend(
-    groups: list[tuple[list[Tensor], float]],
+    groups: Sequence[tuple[Sequence[Any], float]],
     loss_of: Callable[[], Tensor],
     schedule: Schedule,
     progress: Progress,
@@ -253,7 +250,7 @@ def teach_tower(tower: CLIPVisionModel, lessons: Lessons, progress: Progress) ->
     return descend([([*tower.parameters(), *naming.parameters()], 1.0)], loss_of, lessons.schedule, progress)
 
 
-def teach_questions(model: PreTrainedModel, encoder: Encoder, lessons: Lessons, progress: Progress) -> float:
+def teach_questions(model: Any, encoder: Encoder, lessons: Lessons, progress: Progress) -> float:
     """Train a whole model to answer questions with their chains."""
     tower = list(model.model.vision_tower.parameters()) if encoder.n_image_tokens else []
     of_tower = {id(param) for param in tower}
@@ -299,7 +296,7 @@ def prompt_inputs(processor: Any, rows: list[dict[str, Any]], data: Path) -> dic
     return {key: inputs[key] for key in ("input_ids", "attention_mask", "pixel_values") if key in inputs}
 
 
-def sample(model: PreTrainedModel, inputs: dict[str, Tensor], seed: int | None) -> Tensor:
+def sample(model: Any, inputs: dict[str, Tensor], seed: int | None) -> Tensor:
     """Responses [B, T], padded on the right; greedy without a seed, else drawn at temperature 1."""
     import torch
 
@@ -327,7 +324,7 @@ def accuracy(rows: list[dict[str, Any]], responses: list[str]) -> dict[str, floa
     return {key: round(share, 4) for key, share in shares.items()}
 
 
-def token_logprobs(model: PreTrainedModel, inputs: dict[str, Tensor], responses: Tensor) -> Tensor:
+def token_logprobs(model: Any, inputs: dict[str, Tensor], responses: Tensor) -> Tensor:
     """log p(response token t | prompt, tokens < t) in nats [B, T] float32."""
     import torch
 

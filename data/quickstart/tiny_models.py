@@ -46,7 +46,7 @@ PLACE_STD = 1.0
 """Initial spread of the position embeddings: about that of a patch's own embedding."""
 
 
-LANGUAGE = {
+LANGUAGE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 192,
     "num_hidden_layers": 2,
@@ -54,7 +54,12 @@ LANGUAGE = {
     "num_key_value_heads": 4,
     "head_dim": 16,
 }
-VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 VISION_TOKENS = CELLS**2
 """A patch is one cell of the canvas, so that a picture costs nine tokens."""
 
@@ -166,7 +171,7 @@ def build_tower() -> CLIPVisionModel:
 
 
 def join(
-    language: Qwen3ForCausalLM, tower: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast
+    language: PreTrainedModel, tower: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast
 ) -> LlavaForConditionalGeneration:
     """A LLaVA of copies of the two and a fresh projector between them; seed torch before."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -174,7 +179,7 @@ def join(
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=language.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
         image_seq_length=VISION_TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -186,7 +191,7 @@ def join(
     return finished(model, tokenizer)
 
 
-def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
