@@ -25,7 +25,7 @@ INSTALL = [
     "rich",
 ]
 DATA = ["datasets", "pyarrow"]
-VERIFIERS = ["math-verify[antlr4_13_2]==0.9.0"]
+VERIFIERS = ["math-verify[antlr4-13-2]==0.9.0"]
 FIGURES = ["matplotlib"]
 TRAIN = ["deepspeed>=0.19,<0.20", "psutil", *DATA, *VERIFIERS, *FIGURES]
 LORA = ["peft"]

@@ -161,9 +161,11 @@ def import_for_measuring() -> None:
 
 
 def be_quiet_and_offline() -> None:
-    """Before transformers is first imported: no look at the hub, no progress bars of its own."""
+    """Before transformers is first imported: no look at the hub, no warnings or progress bars of its own."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    # Transformers imports DeepSpeed where it is installed, which otherwise warns that it found no accelerator.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -294,7 +296,7 @@ def make_models(
     if workshop.result("data") is None:
         make_data(workshop, settings)
     import_for_measuring()
-    watch(lanes, news, Progress(names, settings))
+    watch(lanes, news, Progress(names, settings, jobs))
     broken = [lane for lane in lanes if lane.exitcode]
     if broken:
         raise PrepareError(
@@ -322,7 +324,8 @@ def watch(lanes: Sequence[Any], news: Any, progress: Progress) -> None:
 class Progress:
     """What the training processes have told so far."""
 
-    def __init__(self, names: Sequence[str], settings: Settings) -> None:
+    def __init__(self, names: Sequence[str], settings: Settings, jobs: int) -> None:
+        self.jobs = jobs
         self.start = time.monotonic()
         self.total = {(n, stage): n_steps(n, stage, settings) for n in names for stage in RECIPES[n].stages()}
         self.done = dict.fromkeys(self.total, 0)
@@ -335,10 +338,20 @@ class Progress:
     def line(self) -> str:
         """E.g. ``  teacher_text: questions 120/500 (loss 0.31)   student: not begun   12 % done, about 95 s left``."""
         told = [self.told(name) for name in dict.fromkeys(name for name, _ in self.total)]
-        share = self.cpu_s(self.done) / self.cpu_s(self.total)
+        left = {key: self.total[key] - self.done[key] for key in self.total}
+        share = 1 - self.longest_cpu_s(left) / self.longest_cpu_s(self.total)
         elapsed_s = time.monotonic() - self.start
-        left = f", about {elapsed_s * (1 - share) / share:.0f} s left" if share > 0.02 else ""
-        return f"  {'   '.join(told)}   {100 * share:.0f} % done{left}"
+        eta = f", about {elapsed_s * (1 - share) / share:.0f} s left" if share > 0.02 else ""
+        return f"  {'   '.join(told)}   {100 * share:.0f} % done{eta}"
+
+    def longest_cpu_s(self, steps: dict[tuple[str, str], int]) -> float:
+        """Of these steps, what follows one upon another: those that see begin their questions after the text teacher."""
+        cost = {key: n * STAGE_CPU_S[key[1]] for key, n in steps.items()}
+        if self.jobs == 1:
+            return sum(cost.values())
+        before = [c for (name, stage), c in cost.items() if name == "teacher_text" or stage == "digits"]
+        after = [c for (name, stage), c in cost.items() if name != "teacher_text" and stage == "questions"]
+        return max(before, default=0.0) + max(after, default=0.0)
 
     def told(self, name: str) -> str:
         begun = [key for key in self.total if key[0] == name and self.done[key]]
@@ -348,10 +361,6 @@ class Progress:
         if self.done[key] < self.total[key]:
             return f"{name}: {key[1]} {self.done[key]}/{self.total[key]} (loss {self.losses[key]:.2f})"
         return f"{name}: done" if key[1] == "questions" else f"{name}: waits for teacher_text"
-
-    @staticmethod
-    def cpu_s(steps: dict[tuple[str, str], int]) -> float:
-        return sum(n * STAGE_CPU_S[stage] for (_, stage), n in steps.items())
 
 
 def make_measurements(workshop: Workshop, settings: Settings, threads: int) -> dict[str, Any]:
@@ -378,7 +387,7 @@ def prepare(folder: Path, settings: Settings, jobs: int = 2, threads: int = 1) -
             "each)\nare now trained from scratch, by ordinary supervised training on scikit-learn's bundled scans of "
             "handwritten digits.\n"
             f"To do: {', '.join(missing) or 'measurements only'}; {jobs} processes of {threads} thread(s). "
-            "This happens once: the result is kept in\n"
+            "On two idle cores this takes about two minutes,\nonce: the result is kept in "
             f"{folder}",
             flush=True,
         )

@@ -73,7 +73,7 @@ def test_the_gold_answer_is_what_the_digits_say(question):
 def test_a_chain_ends_in_the_gold_answer_and_every_step_of_it_is_true(question):
     text = task.chain(question)
     assert task.boxed_answer(text) == task.answer(question)
-    read, steps = text.split(": ")
+    read, _, steps = text.partition(": ")
     assert tuple(int(d) for d in read.split()) == question.digits
     for step in steps.split(" \\boxed")[0].split():
         left, right = step.split("=")
@@ -164,21 +164,18 @@ def test_every_chain_fits_the_sampling_limit(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, capsys_module=None):
-    """A quickstart folder with two training steps a model, made in this process."""
+def made(tmp_path_factory):
+    """A quickstart folder whose models had one training step a stage, made in this process."""
     prepare = part("prepare")
     folder = tmp_path_factory.mktemp("quickstart")
     chosen = prepare.Settings(seed=0, train_rows=12, eval_rows=8, steps_scale=1e-9)
     workshop = prepare.Workshop(folder, chosen.digest())
+    scans_and_digits = prepare.scans_and_labels()
     with workshop.alone():
         prepare.make_data(workshop, chosen)
-        prepare.run_lane(list(prepare.RECIPES), workshop, chosen, threads=1, news=_Deaf())
+        for name in prepare.RECIPES:
+            prepare.make_model(name, workshop, chosen, scans_and_digits, lambda *_: None, lambda: None)
     return folder, workshop, chosen
-
-
-class _Deaf:
-    def put(self, item):
-        """Progress that nobody watches."""
 
 
 def test_models_and_processors_load_through_from_pretrained_alone(made):
@@ -217,13 +214,17 @@ def test_the_processor_gives_the_pixels_that_training_showed(made):
     assert (shown - ink / task.FULL_INK * full_ink).abs().max() < one_grey_level
 
 
-def test_training_pixels_are_the_scans_when_nothing_is_warped():
-    import torch
-
-    supervised = part("supervised")
-    still = supervised.Schedule(steps=1, rotation_deg=0.0, stretch=0.0, shift_px=0.0)
-    scans = torch.rand(5, 8, 8)
-    assert torch.allclose(supervised.warp(scans, still, torch.Generator().manual_seed(0)), scans, atol=1e-5)
+def test_training_strips_show_whole_training_scans_when_nothing_is_warped():
+    supervised, tiny_models = part("supervised"), part("tiny_models")
+    scans = np.random.default_rng(1).integers(0, 17, size=(task.N_SCANS, 8, 8)).astype(float)
+    schedule = supervised.Schedule(steps=1, batch=6, warp=0.0, n_scans=10)
+    strips = supervised.Lessons(scans, LABELS, schedule, seed=0).strips()
+    patches = strips.pixel_values[:, 0].reshape(-1, 3, 8, 3, 8).transpose(2, 3).reshape(-1, 8, 8)
+    shown = patches[strips.patches].numpy() / tiny_models.FULL_INK_VALUE * task.FULL_INK
+    labels = [digit for strip in strips.digits for digit in strip]
+    for scan, label in zip(shown, labels, strict=True):
+        matches = np.flatnonzero(np.isclose(scans[:10], scan, atol=1e-3).all(axis=(1, 2)))
+        assert len(matches) == 1 and LABELS[matches[0]] == label
 
 
 def test_only_response_tokens_and_the_turn_end_are_trained_on(tokenizer):
@@ -257,17 +258,20 @@ def test_a_part_that_was_not_finished_leaves_no_stamp_and_is_swept(tmp_path):
 
 def test_a_second_preparation_in_the_same_folder_is_refused(tmp_path):
     prepare = part("prepare")
-    with prepare.Workshop(tmp_path, "x").alone(), pytest.raises(prepare.PrepareError, match="another --out"):
-        with prepare.Workshop(tmp_path, "x").alone():
-            pass
+    workshop = prepare.Workshop(tmp_path, "x")
+    with workshop.alone(), pytest.raises(prepare.PrepareError, match="another --out"), workshop.alone():
+        pass
 
 
-def test_work_is_shared_out_so_that_no_process_waits_for_all():
+@pytest.mark.parametrize("jobs", [1, 2, 3, 5])
+def test_every_model_is_made_by_one_process_and_never_before_one_that_it_needs(jobs):
     prepare = part("prepare")
-    shares = prepare.share_out(list(prepare.RECIPES), 2)
-    assert sorted(name for share in shares for name in share) == sorted(prepare.RECIPES)
-    assert len(shares) == 2
-    assert prepare.share_out([], 2) == []
+    names = list(prepare.RECIPES)
+    shares = prepare.share_out(names, jobs)
+    assert sorted(name for share in shares for name in share) == sorted(names)
+    assert all(share == sorted(share, key=names.index) for share in shares)
+    assert names[0] == "teacher_text", "the others start from its weights"
+    assert prepare.share_out([], jobs) == []
 
 
 @given(step=st.integers(0, 299))
