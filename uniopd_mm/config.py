@@ -7,7 +7,6 @@ reported at once, with file and line and a suggestion, as one :class:`ConfigErro
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -348,7 +347,8 @@ def load_config(cls: type[C], recipe: str | Path | None, overrides: Sequence[str
     try:
         config = cls.model_validate(values)
     except ValidationError as error:
-        problems += [_explain(cls, item, lines) for item in error.errors(include_url=False)]
+        explained = [_explain(cls, item, lines) for item in error.errors(include_url=False)]
+        problems += [text for text in explained if text]
     if problems:
         head = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} with the settings"
         raise ConfigError("\n  ".join([f"{head} of {recipe}:" if recipe else f"{head}:", *problems]))
@@ -428,9 +428,11 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _explain(cls: type[Settings], item: Any, lines: dict[tuple[str, ...], str]) -> str:
-    """One pydantic error as a sentence with its place and, for unknown keys, a suggestion."""
-    loc = tuple(str(part) for part in item["loc"])
+def _explain(cls: type[Settings], item: Any, lines: dict[tuple[str, ...], str]) -> str | None:
+    """One pydantic error as a sentence with its place and, for unknown keys, a suggestion; None = says nothing new."""
+    if item["loc"] and item["loc"][-1] == "str" and isinstance(item["input"], list):
+        return None  # `str | list[...]` given a list: the list's own errors are the ones that matter
+    loc = tuple(str(part) for part in item["loc"] if part != "str" and not str(part).startswith("list["))
     key = ".".join(loc)
     place = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), "")
     where = f"{place}: " if place else ""
@@ -444,35 +446,49 @@ def _explain(cls: type[Settings], item: Any, lines: dict[tuple[str, ...], str]) 
     close = difflib.get_close_matches(pattern, known, n=1, cutoff=0.75)
     if not close:  # right name, wrong block: `lr` for `optim.lr`
         close = [k for k in known if k.rsplit(".", 1)[-1] == loc[-1]][:1]
-    name = loc[1] if len(loc) > 2 else ""
-    hint = f" Did you mean '{close[0].replace('NAME', name)}'?" if close else " --help lists all settings."
-    return f"{where}Unknown setting '{key}'.{hint}"
+    if not close:
+        return f"{where}Unknown setting '{key}'. --help lists all settings."
+    names = iter([part for part, generic in zip(loc, pattern.split("."), strict=True) if generic == "NAME"])
+    suggestion = ".".join(next(names, part) if part == "NAME" else part for part in close[0].split("."))
+    return f"{where}Unknown setting '{key}'. Did you mean '{suggestion}'?"
 
 
 def _generic(cls: type[Settings], loc: tuple[str, ...]) -> str:
-    """The key with free names (``teachers.math``) replaced by the placeholder that ``_leaves`` uses."""
-    generic = list(loc)
-    if cls is TrainConfig and len(loc) > 2 and loc[0] == "teachers":
-        generic[1] = "NAME"
-    return ".".join(generic)
+    """The key with free names and list positions (``teachers.math``) replaced by the placeholder ``_leaves`` uses."""
+    parts: list[str] = []
+    at: type[Settings] | None = cls
+    free = False  # the next part is a name of the user's, or a position in a list
+    for part in loc:
+        if free:
+            parts.append("NAME")
+            free = False
+            continue
+        parts.append(part)
+        field = at.model_fields.get(part) if at is not None else None
+        at = _settings_in(field.annotation) if field is not None else None
+        free = field is not None and _holds_several(field.annotation)
+    return ".".join(parts)
 
 
 def _leaves(cls: type[Settings], prefix: str = "", sections: bool = False) -> Iterator[tuple[str, Any]]:
+    """Dotted key and field of every setting; ``teachers.NAME.view`` for what may be given several times."""
     for name, field in cls.model_fields.items():
         inner = _settings_in(field.annotation)
-        if inner is None:
+        if inner is None or sections:
             yield prefix + name, field
-            continue
-        if sections:
-            yield prefix + name, field
-        middle = "NAME." if typing.get_origin(field.annotation) is dict else ""
-        yield from _leaves(inner, f"{prefix}{name}.{middle}", sections)
+        if inner is not None:
+            middle = "NAME." if _holds_several(field.annotation) else ""
+            yield from _leaves(inner, f"{prefix}{name}.{middle}", sections)
 
 
 def _settings_in(annotation: Any) -> type[Settings] | None:
-    """The Settings class inside ``X``, ``X | None`` or ``dict[str, X]``; None for plain values."""
+    """The Settings class inside ``X``, ``X | None``, ``dict[str, X]`` or ``list[X]``; None for plain values."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
-    if typing.get_origin(annotation) in (dict, typing.Union, types.UnionType):
-        return next((s for a in typing.get_args(annotation) if (s := _settings_in(a))), None)
-    return None
+    return next((s for a in typing.get_args(annotation) if (s := _settings_in(a))), None)
+
+
+def _holds_several(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (dict, list) or any(
+        map(_holds_several, typing.get_args(annotation))
+    )

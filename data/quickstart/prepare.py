@@ -68,8 +68,8 @@ RECIPES: dict[str, Recipe] = {
         digits=Schedule(steps=700, batch=128),
         questions=Schedule(steps=200, peak_lr=2e-3, tower_lr_ratio=0.3, warmup=20),
     ),
-    # Half-trained on purpose: it has seen only the first thirty scans, three of each digit, and no variation of them.
-    "student": Recipe(offset=3, sees=True, questions=Schedule(steps=120, n_scans=30, warp=0.0)),
+    # Half-trained on purpose: it has seen only the first twenty scans, two of each digit, and no variation of them.
+    "student": Recipe(offset=3, sees=True, questions=Schedule(steps=120, n_scans=20, warp=0.0)),
 }
 """In an order in which each can be made from those before it."""
 STAGE_CPU_S = {"digits": 0.03, "questions": 0.09}

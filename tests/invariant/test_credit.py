@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from uniopd_mm.config import TrainConfig
+from uniopd_mm.distributed import World
 from uniopd_mm.errors import UniOPDError
 from uniopd_mm.rollout import Group, Outcome, Prompt, Rollout, fill
 from uniopd_mm.training.credit import assign_advantages
-from uniopd_mm.training.distributed import World
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ import torch
 from rooms import FAMILIES, load, make_groups, make_teacher, plain_logprobs, sample
 
 from uniopd_mm.config import TrainConfig
+from uniopd_mm.distributed import World, close_world, init_world
 from uniopd_mm.rollout import Group, Outcome, fill
 from uniopd_mm.training.credit import assign_advantages
-from uniopd_mm.training.distributed import World, close_world, init_world
 from uniopd_mm.training.trainer import Trainer, accumulation_steps
 
 

@@ -330,10 +330,10 @@ def test_mixture_mistakes_are_reported_together_with_line_and_suggestion(tmp_pat
     with pytest.raises(ConfigError) as caught:
         load_prompts(str(mixture))
     message = str(caught.value)
-    assert "mix.yaml:3: sources.0.colums: Unknown setting. Did you mean 'columns'?" in message
+    assert "mix.yaml:3: Unknown setting 'sources.0.colums'. Did you mean 'sources.0.columns'?" in message
     assert "mix.yaml:4: sources.0.weight" in message
     assert "sources.1.path: Field required" in message
-    assert "Did you mean 'name'?" in message
+    assert "Did you mean 'sources.1.name'?" in message
     assert "mix.yaml:6: Unknown setting 'shuffel'" in message
 
 

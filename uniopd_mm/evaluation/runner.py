@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from uniopd_mm.config import SamplingConfig
+from uniopd_mm.distributed import World
 from uniopd_mm.engines import Engine, encode_groups
 from uniopd_mm.errors import DataError
 from uniopd_mm.processors import VLMProcessor
 from uniopd_mm.prompts import open_images
 from uniopd_mm.rollout import Outcome, Prompt
-from uniopd_mm.training.distributed import World
 from uniopd_mm.verifiers import VerifierPool
 
 EVALUATION_SEED = 1_000_003

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import random
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, overload
+from typing import Any, overload
 
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Field
 
 from uniopd_mm.config import Settings, SourceConfig, load_config
 from uniopd_mm.errors import ConfigError, DataError
@@ -24,31 +22,10 @@ LISTED = 20
 """Bad rows written out in an error."""
 
 
-def _suggest(value: Any, validate: ValidatorFunctionWrapHandler) -> SourceConfig:
-    """A source; unknown keys are reported with the setting they resemble."""
-    try:
-        return validate(value)
-    except ValidationError as error:
-        details = []
-        for item in error.errors(include_url=False):
-            kind: str | PydanticCustomError = item["type"]
-            if kind == "extra_forbidden":
-                close = difflib.get_close_matches(str(item["loc"][-1]), SourceConfig.model_fields, n=1)
-                hint = (
-                    f"Did you mean '{close[0]}'?"
-                    if close
-                    else f"Known: {', '.join(SourceConfig.model_fields)}."
-                )
-                kind = PydanticCustomError("unknown_setting", "Unknown setting. {hint}", {"hint": hint})
-            rest = InitErrorDetails(type=kind, loc=item["loc"], input=item["input"], ctx=item.get("ctx", {}))
-            details.append(rest)
-        raise ValidationError.from_exception_data(error.title, details) from error
-
-
 class MixtureConfig(Settings):
     """A mixture file: where prompts come from, and how much of each."""
 
-    sources: list[Annotated[SourceConfig, WrapValidator(_suggest)]] = Field(min_length=1)
+    sources: list[SourceConfig] = Field(min_length=1)
     """Data sets, in order; an epoch is all of them."""
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from uniopd_mm.distributed import World
 from uniopd_mm.errors import ResumeError
 from uniopd_mm.models import MultimodalLM, load_weights
-from uniopd_mm.training.distributed import World
 from uniopd_mm.training.trainer import Trainer
 
 if TYPE_CHECKING:

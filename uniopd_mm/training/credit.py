@@ -15,9 +15,9 @@ from torch import Tensor
 from uniopd_mm.advantages import calibrate, token_advantage
 from uniopd_mm.balance import balance
 from uniopd_mm.config import TrainConfig
+from uniopd_mm.distributed import World
 from uniopd_mm.errors import UniOPDError
 from uniopd_mm.rollout import Group, Outcome
-from uniopd_mm.training.distributed import World
 
 
 @dataclass(frozen=True)

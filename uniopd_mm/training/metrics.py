@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from uniopd_mm.distributed import World
 from uniopd_mm.rollout import Group
 from uniopd_mm.training.credit import outcome_code
-from uniopd_mm.training.distributed import World
 
 
 def rollout_metrics(groups: list[Group], world: World) -> dict[str, float]:

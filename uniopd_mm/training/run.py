@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from uniopd_mm.config import ModelConfig, TrainConfig, config_diff, dump_config
+from uniopd_mm.distributed import World, close_world, init_world
 from uniopd_mm.engines import LocalEngine, encode_groups, encode_prompt
 from uniopd_mm.errors import AlignmentError, DataError, ResumeError, UniOPDError
 from uniopd_mm.evaluation import evaluate, summarise, write_samples
@@ -37,7 +38,6 @@ from uniopd_mm.teachers import LocalTeacher, TeacherPool
 from uniopd_mm.teachers.pool import route, served_domains
 from uniopd_mm.training.checkpoint import export_model, list_checkpoints, load_checkpoint, save_checkpoint
 from uniopd_mm.training.credit import assign_advantages
-from uniopd_mm.training.distributed import World, close_world, init_world
 from uniopd_mm.training.launch import StopRequest
 from uniopd_mm.training.metrics import rollout_metrics
 from uniopd_mm.training.trainer import Trainer

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from uniopd_mm.config import OptimConfig, TrainConfig
+from uniopd_mm.distributed import World
 from uniopd_mm.errors import ConfigError
 from uniopd_mm.loss import loss_denominators, policy_loss
 from uniopd_mm.models import (
@@ -26,7 +27,6 @@ from uniopd_mm.models import (
     stage_parameters,
 )
 from uniopd_mm.rollout import Group, Prompt, Rollout, fill
-from uniopd_mm.training.distributed import World
 
 
 class Trainer:
