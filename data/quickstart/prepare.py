@@ -383,12 +383,10 @@ def prepare(folder: Path, settings: Settings, jobs: int = 2, threads: int = 1) -
     with workshop.alone():
         missing = [name for name in RECIPES if workshop.result(name) is None]
         print(
-            "Quickstart: no model weights can be downloaded here, so three small models (a quarter of a million weights "
-            "each)\nare now trained from scratch, by ordinary supervised training on scikit-learn's bundled scans of "
-            "handwritten digits.\n"
-            f"To do: {', '.join(missing) or 'measurements only'}; {jobs} processes of {threads} thread(s). "
-            "On two idle cores this takes about two minutes,\nonce: the result is kept in "
-            f"{folder}",
+            "Quickstart: no model weights can be downloaded here, so three small ones (130,000 to 220,000 weights) are\n"
+            "now trained from scratch, by ordinary supervised training on scikit-learn's bundled scans of handwritten\n"
+            f"digits.  To do: {', '.join(missing) or 'measurements only'}; {jobs} process(es) of {threads} thread(s).\n"
+            f"On two idle cores this takes about two minutes, once: the result is kept in {folder}",
             flush=True,
         )
         make_models(missing, workshop, settings, jobs, threads)

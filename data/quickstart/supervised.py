@@ -94,7 +94,7 @@ class Encoder:
         return self._known[question]
 
     def content(self, question: Question) -> list[dict[str, str]]:
-        told = {"type": "text", "text": image_text(question.digits)}
+        told = {"type": "text", "text": image_text(question.digits) + "\n"}
         return [{"type": "image"} if self.n_image_tokens else told, {"type": "text", "text": question.text}]
 
     def batch(self, questions: list[Question]) -> tuple[Tensor, Tensor]:
@@ -284,7 +284,7 @@ def prompt_inputs(processor: Any, rows: list[dict[str, Any]], data: Path) -> dic
             {
                 "role": message["role"],
                 "content": [
-                    part if sees or part["type"] != "image" else {"type": "text", "text": next(seen)}
+                    part if sees or part["type"] != "image" else {"type": "text", "text": next(seen) + "\n"}
                     for part in message["content"]
                 ],
             }

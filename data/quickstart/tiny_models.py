@@ -30,12 +30,12 @@ PIECES = r" ?\\boxed\{| ?[A-Za-z]+|\d|\s|[^\sA-Za-z\d]+"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if not loop.first %}{{ '\n' }}{% endif %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""ChatML; the parts of a turn stand on lines of their own."""
+"""ChatML; an image stands on a line of its own, as in LLaVA's templates."""
 
 
 FULL_INK_VALUE = -4.0

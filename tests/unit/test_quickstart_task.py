@@ -237,6 +237,38 @@ def test_only_response_tokens_and_the_turn_end_are_trained_on(tokenizer):
     assert (input_ids[0] == tokenizer.convert_tokens_to_ids("<image>")).sum() == 9
 
 
+def test_the_student_has_seen_every_digit_equally_often_and_few_scans():
+    prepare = part("prepare")
+    n_scans = prepare.RECIPES["student"].questions.n_scans
+    _, labels = prepare.scans_and_labels()
+    assert n_scans < 0.05 * task.N_TRAIN_SCANS
+    assert (np.bincount(labels[:n_scans], minlength=10) == n_scans / 10).all()
+
+
+@pytest.mark.parametrize("name", ["student", "teacher_text"])
+def test_a_run_shows_each_model_the_very_prompts_it_was_trained_on(made, name):
+    from PIL import Image
+
+    from uniopd_mm.processors import get_processor
+
+    folder, _, chosen = made
+    supervised, prepare = part("supervised"), part("prepare")
+    processor = get_processor(str(folder / name))
+    n_image_tokens = part("tiny_models").VISION_TOKENS if prepare.RECIPES[name].sees else 0
+    encoder = supervised.Encoder(processor.tokenizer, n_image_tokens)
+    _, labels = prepare.scans_and_labels()
+    strips = task.draw_strips(labels, "eval", chosen.eval_rows, chosen.seed)
+    questions = [question for strip in strips for question in strip.questions]
+    for question, row in zip(questions, task.rows(strips), strict=True):
+        ids, n_prompt = encoder(question)
+        if n_image_tokens:
+            images = [Image.open(folder / image).convert("RGB") for image in row["images"]]
+            encoded = processor.encode(row["messages"], images)
+        else:
+            encoded = processor.encode(processor.text_view(row["messages"], row["image_text"]))
+        assert encoded.input_ids.tolist() == ids[:n_prompt]
+
+
 def test_a_finished_part_is_kept_and_another_setting_makes_it_anew(made):
     folder, workshop, _chosen = made
     prepare = part("prepare")

@@ -48,6 +48,20 @@ log = logging.getLogger(__name__)
 FREE_TO_CHANGE = ("out", "steps", "prepare", "eval", "checkpoint", "report")
 """Settings that a resumed run may have changed: they do not alter what was computed so far."""
 
+GOLD_ANSWERS_CHECKED = 1000
+"""Rows whose gold answers ``--check`` gives to their verifiers."""
+
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "OMP_NUM_THREADS",
+)
+"""What describes a rank, and must not reach a command that is none."""
+
 
 class Run:
     """A run folder with its world, data, student, teachers and logs.  A context manager."""
@@ -122,16 +136,7 @@ class Run:
             command = shlex.split(self.config.prepare)
             if command[0] == "python":
                 command[0] = sys.executable
-            launcher = (
-                "RANK",
-                "WORLD_SIZE",
-                "LOCAL_RANK",
-                "LOCAL_SIZE",
-                "CROSS_RANK",
-                "CROSS_SIZE",
-                "OMP_NUM_THREADS",
-            )
-            environment = {k: v for k, v in os.environ.items() if k not in launcher}
+            environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
             with subprocess.Popen(command, env=environment) as process:
                 while process.poll() is None:
                     time.sleep(0.1)
@@ -158,7 +163,7 @@ class Run:
         old = self.out / "config.yaml"
         if old.exists() and checkpoints:
             self._refuse_changes(yaml.safe_load(old.read_text(encoding="utf-8")))
-        self.world.barrier()
+        self.world.barrier()  # nobody writes the folder before everybody has read it
         return checkpoints[-1] if checkpoints else None
 
     def _refuse_changes(self, before: dict[str, Any]) -> None:
@@ -386,7 +391,7 @@ class Run:
                 for row in prompts.bad_rows[:5]:
                     console.note(f"  {row.source}: {row.reason}")
         groups = self.preflight_groups()
-        findings = self.preflight(groups)
+        findings = [self._check_gold_answers(), *self.preflight(groups)]
         for finding in findings:
             console.check(finding.name, finding.text, finding.ok)
         self._print_token_tables(groups)
@@ -395,6 +400,15 @@ class Run:
                 f"train with: deepspeed {shlex.join(word for word in command if not word.startswith('--'))}"
             )
         return 1 if any(f.ok is False for f in findings) else 0
+
+    def _check_gold_answers(self) -> Finding:
+        """Gold answers that their verifiers can use; the rest would give unknown outcomes for ever."""
+        some = self.train_prompts[:GOLD_ANSWERS_CHECKED]
+        whys = zip(some, self.verifiers.check_golds(some), strict=True)
+        unusable = [f"{prompt.source}: {why}" for prompt, why in whys if why]
+        text = f"{len(some) - len(unusable)} of the first {len(some)} can be verified"
+        is_ok = len(unusable) <= self.config.data.max_bad_share * len(some)
+        return Finding("gold answers", "; ".join([text, *unusable[:5]]), is_ok)
 
     def require_preflight(self) -> None:
         """The same checks at the start of a run; it does not start when one fails."""
