@@ -18,6 +18,16 @@ def image_prompt(image_text=("a red square",), n_images=1):
     )
 
 
+def shown(messages):
+    """Role and text of every message as a template joins it; image parts stay visible."""
+    turns = []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        turns.append((message["role"], "".join(part.get("text", f"<{part['type']}>") for part in parts)))
+    return turns
+
+
 TEXT_PROMPT = Prompt(id="t", messages=({"role": "user", "content": [{"type": "text", "text": "2 + 2?"}]},))
 
 
@@ -28,17 +38,13 @@ def test_a_seeing_teacher_gets_the_messages_and_the_images_by_default():
 
 def test_a_text_only_teacher_reads_the_description_by_default():
     messages, use_images = teacher_messages(image_prompt(), None, sees_images=False)
-    assert messages == (
-        {"role": "system", "content": "Be short."},
-        {"role": "user", "content": "a red square\nWhat colour?"},
-    )
+    assert shown(messages) == [("system", "Be short."), ("user", "a red square\nWhat colour?")]
     assert not use_images
 
 
-def test_a_seeing_teacher_with_the_text_view_keeps_a_list_of_parts():
+def test_a_seeing_teacher_with_the_text_view_reads_too():
     messages, use_images = teacher_messages(image_prompt(), "text", sees_images=True)
-    parts = [{"type": "text", "text": "a red square\n"}, {"type": "text", "text": "What colour?"}]
-    assert messages[1]["content"] == parts
+    assert shown(messages) == [("system", "Be short."), ("user", "a red square\nWhat colour?")]
     assert not use_images
 
 
@@ -53,7 +59,7 @@ def test_each_image_gets_its_own_description_in_order_over_all_turns():
     )
     prompt = Prompt(id="p", messages=turns, images=("a", "b", "c"), image_text=("ONE", "TWO", "THREE"))
     messages, _ = teacher_messages(prompt, "text", sees_images=False)
-    assert [m["content"] for m in messages] == ["Compare\nONE\nTWO", "With what?", "THREE"]
+    assert [text for _, text in shown(messages)] == ["Compare\nONE\nTWO", "With what?", "THREE"]
 
 
 def test_drop_removes_the_image_parts_only_when_blindness_is_allowed():
@@ -62,7 +68,7 @@ def test_drop_removes_the_image_parts_only_when_blindness_is_allowed():
     with pytest.raises(AlignmentError, match=r"teachers.NAME.view=image"):
         teacher_messages(image_prompt(), "drop", sees_images=True)
     messages, use_images = teacher_messages(image_prompt(), "drop", sees_images=False, allow_blind=True)
-    assert messages[1]["content"] == "What colour?"
+    assert shown(messages)[1] == ("user", "What colour?")
     assert not use_images
 
 
@@ -83,7 +89,8 @@ def test_the_image_view_of_a_text_only_teacher_is_an_error():
 def test_a_prompt_without_images_is_the_same_in_every_view():
     assert teacher_messages(TEXT_PROMPT, None, sees_images=True) == (TEXT_PROMPT.messages, False)
     for view in (None, "text", "drop"):
-        assert teacher_messages(TEXT_PROMPT, view, False) == (({"role": "user", "content": "2 + 2?"},), False)
+        messages, use_images = teacher_messages(TEXT_PROMPT, view, False)
+        assert shown(messages) == [("user", "2 + 2?")] and not use_images
 
 
 def test_image_parts_must_match_the_images():

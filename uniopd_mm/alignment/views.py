@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from uniopd_mm.errors import AlignmentError
+from uniopd_mm.processors.chat import replace_images
 
 if TYPE_CHECKING:
     from uniopd_mm.config import View
@@ -23,7 +24,6 @@ def teacher_messages(
 
     ``image``: messages as they are.  ``text``: each image part becomes its ``image_text``, on its own lines.
     ``drop``: image parts are left out.  None = ``image`` if the teacher sees images, else ``text``.
-    For a text-only teacher every content is one string: text templates ignore or reject lists of parts.
     ``teacher`` is its name in the settings, for messages.
     :raises AlignmentError: the teacher cannot have this view of this prompt.
     """
@@ -40,10 +40,8 @@ def teacher_messages(
         return prompt.messages, bool(prompt.images)
     if prompt.images:
         _check_blind(prompt, row, chosen, sees_images, allow_blind, teacher)
-    texts = list(prompt.image_text or ()) if chosen == "text" else [""] * len(prompt.images)
-    return tuple(
-        _without_images(message, texts, as_string=not sees_images) for message in prompt.messages
-    ), False
+    texts = prompt.image_text or () if chosen == "text" else [""] * len(prompt.images)
+    return tuple(replace_images(prompt.messages, texts)) if prompt.images else prompt.messages, False
 
 
 def _check_parts(prompt: Prompt, row: str, sees_images: bool) -> None:
@@ -89,35 +87,6 @@ def _check_blind(
         f"{row}: teacher '{teacher}' is to read the {n} image(s) as text, but the row has {found} usable "
         f"`image_text`. Add `image_text` to the row, one description per image, or {way_out}."
     )
-
-
-def _without_images(message: Message, texts: list[str], as_string: bool) -> Message:
-    """The message, its image parts replaced by the next of ``texts`` (consumed); an empty one by nothing."""
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return dict(message)
-    parts: list[dict[str, Any]] = []
-    described: list[bool] = []
-    for part in content:
-        is_image = part.get("type") == "image"
-        text = texts.pop(0) if is_image else ""
-        if text or not is_image:
-            parts.append({"type": "text", "text": text} if is_image else dict(part))
-            described.append(is_image)
-    _set_apart(parts, described)
-    return {**message, "content": "".join(part["text"] for part in parts) if as_string else parts}
-
-
-def _set_apart(parts: list[dict[str, Any]], described: list[bool]) -> None:
-    """Line breaks between a description and its neighbours: templates join text parts without a separator."""
-    for i in range(1, len(parts)):
-        before, after = parts[i - 1].get("text", "\n"), parts[i].get("text", "\n")
-        if before[-1:].isspace() or after[:1].isspace():
-            continue
-        if described[i - 1]:
-            parts[i - 1]["text"] = f"{before}\n"
-        elif described[i]:
-            parts[i]["text"] = f"\n{after}"
 
 
 def _parts(message: Message) -> Sequence[dict[str, Any]]:
