@@ -89,7 +89,12 @@ def test_a_few_bad_rows_are_skipped_counted_and_listed(recipe: Path) -> None:
     skipped = (run / "skipped.jsonl").read_text()
     assert "changed.jsonl:5" in skipped and "broken.png" in skipped
     assert metrics(run)[-2]["data/skipped"] == len(skipped.splitlines())
-    assert [row["step"] for row in metrics(run)] == [0, 1, 2, 2]  # the evaluation before, two steps, the one after
+    assert [row["step"] for row in metrics(run)] == [
+        0,
+        1,
+        2,
+        2,
+    ]  # the evaluation before, two steps, the one after
 
 
 def test_a_text_only_teacher_without_a_view_of_the_image_is_refused(recipe: Path) -> None:
@@ -137,10 +142,27 @@ def test_lora_trains_only_adapters_and_exports_merged_weights(
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("q_proj" in name for name in changed)
+    assert any(
+        "multi_modal_projector" in name or "merger" in name for name in changed
+    )  # trained without adapter
     assert not any(
         "visual.blocks" in name or "vision_tower" in name or "embed_tokens" in name for name in changed
     )
     assert (run / "model_adapter" / "adapter_model.safetensors").stat().st_size < 1e6
+
+
+def test_lora_under_zero3_on_two_ranks_is_the_same_run(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    student = {"model": str(tiny_models["llava"]), "dtype": "float32", "lora": {"rank": 4}}
+    smooth = {"lr": 0.1, "eps": 1.0, "max_grad_norm": 100.0}
+    recipe = write_recipe(tmp_path, tiny_models, steps=2, student=student, optim=smooth, eval={"every": 0})
+    one = train(recipe, f"out={tmp_path / 'one'}")
+    two = train(recipe, f"out={tmp_path / 'two'}", "distributed.zero_stage=3", ranks=2)
+    wanted, ours = (load_file(run / "model" / "model.safetensors") for run in (one, two))
+    assert ours.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(
+            ours[name], weight, atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_bfloat16_trains_and_its_model_loads(tiny_models: dict[str, Path], tmp_path: Path) -> None:

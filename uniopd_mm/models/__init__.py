@@ -1,6 +1,6 @@
 """LLaVA-style wrappers: vision tower -> projector -> language model, the same three stages for every family."""
 
-from uniopd_mm.models.loading import load_model, load_processor, load_student, load_weights
+from uniopd_mm.models.loading import build_student, load_model, load_processor, load_student
 from uniopd_mm.models.logprobs import token_logprobs
 from uniopd_mm.models.scoring import pad_responses, response_logprobs, split_groups
 from uniopd_mm.models.stages import stage_of, stage_parameters
@@ -9,10 +9,10 @@ from uniopd_mm.models.wrapper import MultimodalLM, Prefix
 __all__ = [
     "MultimodalLM",
     "Prefix",
+    "build_student",
     "load_model",
     "load_processor",
     "load_student",
-    "load_weights",
     "pad_responses",
     "response_logprobs",
     "split_groups",

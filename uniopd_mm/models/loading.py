@@ -39,26 +39,33 @@ def load_model(settings: ModelConfig, device: torch.device, shared_prefix: bool 
     return MultimodalLM(model, processor, shared_prefix=shared_prefix)
 
 
-def load_student(settings: StudentConfig) -> MultimodalLM:
-    """The student with its frozen stages and adapters set up; weights stay where ``from_pretrained`` puts them
+def load_student(settings: StudentConfig, seed: int = 0) -> MultimodalLM:
+    """The student with its frozen stages and adapters (random by ``seed``) set up; weights stay where ``from_pretrained`` puts them
     (DeepSpeed moves, or under ZeRO-3 has already partitioned, them)."""
-    processor = load_processor(settings)
+    if settings.gradient_checkpointing and settings.shared_prefix:
+        log.warning(
+            "gradient_checkpointing: updates run one full row per rollout; sampling and scoring still share."
+        )
+    return MultimodalLM(
+        build_student(settings), load_processor(settings), shared_prefix=settings.shared_prefix
+    )
+
+
+def build_student(settings: StudentConfig, seed: int = 0) -> PreTrainedModel:
+    """The student's transformers model, frozen stages and adapters (random by ``seed``) set up."""
     # Dropout would make the sampler and the trainer different functions: evaluation mode, always.
     model = load_weights(settings).eval()
     model_type = model.config.model_type
     freeze_stages(model, model_type, settings.freeze)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if settings.shared_prefix:
-            log.warning(
-                "gradient_checkpointing: updates run one full row per rollout; sampling and scoring still share."
-            )
         _assert_no_dropout(model)
     if settings.lora is not None:
+        torch.manual_seed(seed)  # here, because loading may or may not have drawn random numbers
         model = _add_lora(model, model_type, settings.lora, settings.freeze)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"student.freeze={settings.freeze} leaves nothing to train in {settings.model}")
-    return MultimodalLM(model, processor, shared_prefix=settings.shared_prefix)
+    return model
 
 
 def attention_implementation(choice: str) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from uniopd_mm.distributed import World
 from uniopd_mm.errors import ResumeError
-from uniopd_mm.models import MultimodalLM, load_weights
+from uniopd_mm.models import MultimodalLM, build_student
 from uniopd_mm.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -95,34 +95,34 @@ def load_checkpoint(trainer: Trainer, world: World, checkpoint: Checkpoint) -> N
 def export_model(trainer: Trainer, world: World, folder: Path) -> None:
     """The student as a normal Hugging Face folder (weights, configuration, processor, chat template).
 
-    LoRA: the adapter is saved beside it as ``FOLDER_adapter`` and merged into the full weights here.
+    LoRA: adapters are merged here, and saved alone, without other trained stages, beside it as ``FOLDER_adapter``.
     """
     weights = gathered_state_dict(trainer.student, trainer.config.distributed.zero_stage)
     trainer.release_zero3_config()  # from_pretrained below must not partition
     if world.is_main:
         partial = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(partial, ignore_errors=True)
-        whole_model(trainer, weights, folder).save_pretrained(partial)
+        if trainer.config.student.lora is not None:
+            trainer.student.model.save_pretrained(
+                folder.with_name(folder.name + "_adapter"), state_dict=weights
+            )
+        whole_model(trainer, weights).save_pretrained(partial)
         trainer.student.processor.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     world.barrier()
 
 
-def whole_model(trainer: Trainer, weights: dict[str, torch.Tensor], folder: Path) -> PreTrainedModel:
+def whole_model(trainer: Trainer, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """The trained model as transformers would have loaded it: unpartitioned, adapters merged."""
-    model, settings = trainer.student.model, trainer.config.student
-    if settings.lora is not None:
-        from peft import PeftModel
-
-        adapter = folder.with_name(folder.name + "_adapter")
-        model.save_pretrained(adapter, state_dict=weights)
-        return PeftModel.from_pretrained(load_weights(settings), str(adapter)).merge_and_unload()
-    if trainer.config.distributed.zero_stage == 3:
-        # A model that was loaded partitioned saves under other names than it was loaded from.
-        model = load_weights(settings)
-        model.load_state_dict(weights)
-    return model
+    settings = trainer.config.student
+    if settings.lora is None and trainer.config.distributed.zero_stage != 3:
+        return trainer.student.model
+    # Anew: merging would change the student that trains, and a partitioned model saves under other names than it
+    # was loaded from.
+    model = build_student(settings)
+    model.load_state_dict(weights)
+    return model if settings.lora is None else model.merge_and_unload()
 
 
 def gathered_state_dict(student: MultimodalLM, zero_stage: int) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ class Trainer:
         self.config, self.world = config, world
         self.accumulation = accumulation_steps(config, world.size)
         self._zero3 = self._hold_zero3_config()
-        self.student: MultimodalLM = load_student(config.student)
+        self.student: MultimodalLM = load_student(config.student, config.seed)
         groups = optimizer_groups(self.student, config.optim)
         self.base_lrs = [g["lr"] for g in groups]
         self.engine, self.optimizer, *_ = deepspeed.initialize(
