@@ -31,11 +31,11 @@ def main() -> int:
     prepare_environment()
     import torch
 
+    from uniopd_mm.distributed import World, close_world, init_world
     from uniopd_mm.engines import LocalEngine
     from uniopd_mm.evaluation import evaluate, summarise, write_samples
     from uniopd_mm.models import load_model
     from uniopd_mm.prompts import load_prompts
-    from uniopd_mm.distributed import World, close_world, init_world
     from uniopd_mm.verifiers import VerifierPool, verifier_names
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from uniopd_mm.rollout import Group
+from uniopd_mm.rollout import Group, Message, Prompt
 
 
 class Teacher(Protocol):
@@ -13,6 +13,10 @@ class Teacher(Protocol):
 
     name: str
     sees_images: bool
+
+    def messages(self, prompt: Prompt) -> tuple[tuple[Message, ...], bool]:
+        """The prompt in this teacher's view, and whether the images go with it; AlignmentError when it has none."""
+        ...
 
     def score(
         self, groups: list[Group], temperature: float = 1.0, progress: Callable[[int], None] | None = None

@@ -47,7 +47,7 @@ class LocalTeacher:
         )
 
     def messages(self, prompt: Prompt) -> tuple[tuple[Message, ...], bool]:
-        """The prompt in this teacher's view, and whether the images go with it; AlignmentError when it has none."""
+        """See :class:`uniopd_mm.teachers.base.Teacher`."""
         settings = self.settings
         return teacher_messages(prompt, settings.view, self.sees_images, settings.allow_blind, self.name)
 

@@ -447,6 +447,8 @@ class Run:
                 *check_views(self.teachers, groups),
             ]
             for name, teacher in self.teachers.teachers.items():
+                if not isinstance(teacher, LocalTeacher):
+                    continue
                 served = [g for g in groups if route(config.teachers, g.prompt.domain) == name]
                 findings.append(null_test(self.student, teacher, served, config))
         return findings

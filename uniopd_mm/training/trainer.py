@@ -54,7 +54,7 @@ class Trainer:
         """While this object lives, ``from_pretrained`` partitions the weights as it reads them."""
         if self.config.distributed.zero_stage != 3:
             return None
-        from transformers.integrations import HfDeepSpeedConfig
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         return HfDeepSpeedConfig(deepspeed_config(self.config, self.accumulation))
 
