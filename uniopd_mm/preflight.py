@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ from uniopd_mm.models import MultimodalLM
 from uniopd_mm.rollout import Group
 from uniopd_mm.teachers import LocalTeacher, TeacherPool
 from uniopd_mm.teachers.pool import route
+
+if TYPE_CHECKING:
+    from uniopd_mm.processors import EncodedPrompt
 
 NULL_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 """Largest |A| in nats when both sides have the same weights; bfloat16 sums differ with the order of operations."""
@@ -113,16 +117,19 @@ def null_test(
 ) -> Finding:
     """With the student's weights on both sides every advantage must be 0 (|A| <= 1e-4 nats in fp32).
 
-    Runs the teacher's own template, processor, view and alignment over the student's weights, for teachers of the
-    student's architecture that see what the student sees.  ``groups`` hold rollouts with ``student_logprobs``.
+    Runs the teacher's own template, processor, view and alignment over the student's weights, on prompts that come out
+    the same on both sides (a template of its own, or ``image_text``, is a difference by intent, and is said).
+    ``groups`` hold rollouts with ``student_logprobs``.
     """
     name = f"null test {teacher.name}"
-    same_family = teacher.model.model_type == student.model_type
-    views = {"image"} if any(g.prompt.images for g in groups) else {"image", "text", "drop"}
-    view = teacher.settings.view or ("image" if teacher.sees_images else "text")
-    if not same_family or view not in views or not groups:
+    if teacher.model.model_type != student.model_type or not teacher.aligner.by_id:
+        return Finding(name, "another architecture or vocabulary: see the token table of --check", None)
+    differences = [prompt_difference(student, g.encoded, teacher.encode(g)) for g in groups]
+    same = [g for g, difference in zip(groups, differences, strict=True) if not difference]
+    if not same:
+        why = differences[0] if differences else "no prompt of its domains at hand"
         return Finding(
-            name, "another architecture or another view of the image: see the token table instead", None
+            name, f"the teacher is asked something else ({why}): see the token table of --check", None
         )
     mirror = LocalTeacher(
         teacher.name,
@@ -132,7 +139,7 @@ def null_test(
         teacher.concurrent_rollouts,
     )  # the aligner is rebuilt from the same two processors
     worst, where, n_tokens = 0.0, "", 0
-    for group in mirror.score(groups, config.loss.score_temperature):
+    for group in mirror.score(same, config.loss.score_temperature):
         for rollout in group.rollouts:
             if not rollout.scored.any():
                 continue
@@ -147,6 +154,21 @@ def null_test(
     limit = NULL_TOLERANCE[config.student.dtype]
     text = f"same weights on both sides: worst |A| {worst:.1e} nats over {n_tokens} tokens{where} (limit {limit})"
     return Finding(name, text, worst <= limit and n_tokens > 0)
+
+
+def prompt_difference(student: MultimodalLM, ours: EncodedPrompt, theirs: EncodedPrompt) -> str:
+    """Where the teacher's prompt departs from the student's; empty when ids and image tensors are the same."""
+    if not torch.equal(ours.input_ids, theirs.input_ids):
+        pairs = zip(ours.input_ids.tolist(), theirs.input_ids.tolist(), strict=False)
+        shorter = min(len(ours.input_ids), len(theirs.input_ids))
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+        shown = ["".join(student.processor.decode_tokens(e.input_ids[at : at + 8])) for e in (ours, theirs)]
+        return f"prompts differ from token {at} on: {shown[0]!r}, the teacher's {shown[1]!r}"
+    for name, value in ours.model_inputs.items():
+        other = theirs.model_inputs.get(name)
+        if other is None or other.shape != value.shape or not torch.allclose(value, other):
+            return f"the processors give different {name}"
+    return ""
 
 
 def token_table(group: Group, student: MultimodalLM) -> list[Mapping[str, object]]:
@@ -167,5 +189,5 @@ def token_table(group: Group, student: MultimodalLM) -> list[Mapping[str, object
     return rows
 
 
-def _n_image(encoded: object) -> int:
+def _n_image(encoded: EncodedPrompt) -> int:
     return sum(end - start for start, end in encoded.image_spans)

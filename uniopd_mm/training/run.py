@@ -414,8 +414,7 @@ class Run:
         """The same checks at the start of a run; it does not start when one fails."""
         findings = self.preflight(self.preflight_groups())
         for finding in findings:
-            if finding.ok is not None:
-                self.console.check(finding.name, finding.text, finding.ok)
+            self.console.check(finding.name, finding.text, finding.ok)
         require_ok(findings)
 
     def preflight_groups(self) -> list[Group]:
