@@ -39,6 +39,7 @@ VARIANTS = {
     "one micro-batch": (1, ["distributed.micro_groups=4"]),
     "two ranks": (2, []),
     "two ranks, one micro-batch": (2, ["distributed.micro_groups=2"]),
+    "ZeRO-1 on two ranks": (2, ["distributed.zero_stage=1"]),
     "ZeRO-2 on two ranks": (2, ["distributed.zero_stage=2"]),
     "ZeRO-3 on two ranks": (2, ["distributed.zero_stage=3"]),
     "one row per rollout": (1, ["student.shared_prefix=false"]),
