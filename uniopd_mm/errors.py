@@ -20,9 +20,5 @@ class AlignmentError(UniOPDError, ValueError):
     """Student and teacher sequences that cannot be laid onto each other."""
 
 
-class TeacherError(UniOPDError, RuntimeError):
-    """A teacher that cannot score what it is asked to score."""
-
-
 class ResumeError(UniOPDError, RuntimeError):
     """A run folder that cannot be continued with the given settings."""

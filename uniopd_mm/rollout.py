@@ -7,7 +7,7 @@ log-probabilities in nats; index t of every [T] array is the t-th sampled respon
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -93,7 +93,6 @@ class Group:
     """Position of this group in the global batch of the step: the same on 1 rank and on many."""
     weight_version: int = 0
     """Optimizer steps taken by the weights that sampled."""
-    stats: dict[str, float] = field(default_factory=dict)
 
 
 def fill(groups: Iterable[Group], name: str, values: Iterable[Any]) -> list[Group]:

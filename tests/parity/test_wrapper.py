@@ -8,10 +8,10 @@ import pytest
 import torch
 from rooms import FAMILIES, load, make_groups, make_teacher, plain_logprobs, sample
 
-from uniopd_mm.config import SamplingConfig
+from uniopd_mm.config import SamplingConfig, StudentConfig
 from uniopd_mm.engines import LocalEngine
 from uniopd_mm.engines.local import sample_tokens, truncate
-from uniopd_mm.models import pad_responses, stage_of, token_logprobs
+from uniopd_mm.models import load_student, pad_responses, stage_of, token_logprobs
 
 MIXES = {"llava": (1, 0, 2), "qwen2_5_vl": (1, 0, 2), "qwen3_vl": (1, 0, 2), "text": (0, 0, 0)}
 
@@ -202,3 +202,11 @@ def test_chunked_logprobs_equal_whole_ones(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(results[0][0], wanted)
     for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(whole, chunked, atol=1e-6, rtol=1e-5)
+
+
+def test_adapters_start_as_the_seed_says(tiny_models: dict[str, Path]) -> None:
+    settings = StudentConfig(model=str(tiny_models["text"]), dtype="float32", freeze=[], lora={"rank": 2})
+    first, again, other = (load_student(settings, seed).state_dict() for seed in (1, 1, 2))
+    random = [name for name in first if "lora_A" in name]
+    assert random and all(torch.equal(first[name], again[name]) for name in random)
+    assert not any(torch.equal(first[name], other[name]) for name in random)

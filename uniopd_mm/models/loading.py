@@ -40,14 +40,14 @@ def load_model(settings: ModelConfig, device: torch.device, shared_prefix: bool 
 
 
 def load_student(settings: StudentConfig, seed: int = 0) -> MultimodalLM:
-    """The student with its frozen stages and adapters (random by ``seed``) set up; weights stay where ``from_pretrained`` puts them
-    (DeepSpeed moves, or under ZeRO-3 has already partitioned, them)."""
+    """The student with its frozen stages and adapters (random by ``seed``) set up; weights stay where
+    ``from_pretrained`` puts them (DeepSpeed moves, or under ZeRO-3 has already partitioned, them)."""
     if settings.gradient_checkpointing and settings.shared_prefix:
         log.warning(
             "gradient_checkpointing: updates run one full row per rollout; sampling and scoring still share."
         )
     return MultimodalLM(
-        build_student(settings), load_processor(settings), shared_prefix=settings.shared_prefix
+        build_student(settings, seed), load_processor(settings), shared_prefix=settings.shared_prefix
     )
 
 
