@@ -10,7 +10,7 @@ from rooms import FAMILIES, load, make_groups, make_teacher, plain_logprobs, sam
 
 from uniopd_mm.config import SamplingConfig, StudentConfig
 from uniopd_mm.engines import LocalEngine
-from uniopd_mm.engines.local import sample_tokens, truncate
+from uniopd_mm.engines.sampling import sample_tokens, truncate
 from uniopd_mm.models import load_student, pad_responses, stage_of, token_logprobs
 
 MIXES = {"llava": (1, 0, 2), "qwen2_5_vl": (1, 0, 2), "qwen3_vl": (1, 0, 2), "text": (0, 0, 0)}

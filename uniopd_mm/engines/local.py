@@ -1,11 +1,11 @@
-"""The in-process engine: prefill each prompt once, share its cache among the group, decode, drop finished rows.
+"""The in-process engine: run each prompt once, decode its group's responses behind it, drop finished rows.
 
-R rows (rollouts) in flight, V vocabulary, P prompt tokens (left-padded).
+R rows (rollouts) in flight, T response tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from uniopd_mm.config import SamplingConfig
-from uniopd_mm.models import MultimodalLM
+from uniopd_mm.engines.sampling import rollout_uniforms, sample_tokens
+from uniopd_mm.models import MultimodalLM, start_decoding
 from uniopd_mm.rollout import Group, Rollout
 
 COMPACT_BELOW = 0.75
 """Finished rows leave the batch once fewer than this share of the rows still run (dropping copies the cache)."""
+LOOK_EVERY = 8
+"""Steps between two looks, on a GPU, at which rows are done."""
 
 
 class LocalEngine:
@@ -47,6 +50,7 @@ class LocalEngine:
         progress: Callable[[int], None] | None = None,
     ) -> list[Group]:
         """See :class:`uniopd_mm.engines.base.Engine`."""
+        self.student.trim_images()
         per_batch = max(1, self.concurrent_rollouts // n)
         # Prompts of like length together: less padding.  Results do not depend on it.
         order = sorted(range(len(groups)), key=lambda i: len(groups[i].encoded.input_ids))
@@ -66,43 +70,41 @@ class LocalEngine:
         stop_ids = torch.tensor(
             [*student.processor.stop_token_ids(), *sampling.stop_token_ids], dtype=torch.long, device=device
         )
-        uniform_RT = torch.from_numpy(
-            np.stack([_uniforms(seed, g.slot, i, limit) for g in groups for i in range(n)])
+        uniform_TR = torch.from_numpy(
+            np.stack([rollout_uniforms(seed, g.slot, i, limit) for g in groups for i in range(n)], axis=1)
         ).to(device)
         n_rows = len(groups) * n
-        ids_RT = torch.zeros(n_rows, limit, dtype=torch.long, device=device)
-        logprobs_RT = torch.zeros(n_rows, limit, device=device)
-        length_R = torch.full((n_rows,), limit, device=device)
-        stopped_R = torch.zeros(n_rows, dtype=torch.bool, device=device)
-
-        prefix = student.prefill(student.collate([g.encoded for g in groups]))
-        prefix = prefix.select(torch.arange(len(groups), device=device).repeat_interleave(n))
-        mask_RL, hidden_RH = prefix.mask_BP, prefix.last_hidden_BH
-        row_R = torch.arange(n_rows, device=device)  # the rollout that each row in flight belongs to
+        ids_TR = torch.zeros(limit, n_rows, dtype=torch.long, device=device)
+        logprobs_TR = torch.zeros(limit, n_rows, device=device)
+        stops_TR = torch.zeros(limit, n_rows, dtype=torch.bool, device=device)
         suppressed = self.suppressed.to(device)
+        # Asking a GPU which rows are done makes it wait; rows that run on meanwhile are cut off at their stop.
+        look_every = 1 if device.type == "cpu" else LOOK_EVERY
+
+        decoding = start_decoding(student, [g.encoded for g in groups], n)
+        row_R = torch.arange(n_rows, device=device)  # the rollout that each row in flight belongs to
+        running_R = torch.ones(n_rows, dtype=torch.bool, device=device)
         for t in range(limit):
-            logits_RV = student.logits(hidden_RH)
-            token_R, logprob_R = sample_tokens(logits_RV, uniform_RT[row_R, t], sampling, suppressed)
-            running_R = ~stopped_R[row_R]
-            ids_RT[row_R[running_R], t] = token_R[running_R]
-            logprobs_RT[row_R[running_R], t] = logprob_R[running_R]
-            ends_R = running_R & torch.isin(token_R, stop_ids)
-            length_R[row_R[ends_R]] = t + 1
-            stopped_R[row_R[ends_R]] = True
-            keep = torch.nonzero(~stopped_R[row_R])[:, 0]
-            if len(keep) == 0 or t + 1 == limit:
+            logits_RV = student.logits(decoding.hidden_RH)
+            token_R, logprob_R = sample_tokens(logits_RV, uniform_TR[t, row_R], sampling, suppressed)
+            ids_TR[t, row_R], logprobs_TR[t, row_R] = token_R, logprob_R
+            stops_R = torch.isin(token_R, stop_ids)
+            stops_TR[t, row_R] = stops_R
+            running_R = running_R & ~stops_R
+            if t + 1 == limit:
                 break
-            if len(keep) < COMPACT_BELOW * len(row_R):
-                prefix, row_R, token_R, mask_RL = (
-                    prefix.select(keep),
-                    row_R[keep],
-                    token_R[keep],
-                    mask_RL[keep],
-                )
-            mask_RL = torch.cat([mask_RL, mask_RL.new_ones(len(row_R), 1)], dim=1)
-            hidden_RH = student.decode(prefix, token_R, t, mask_RL)
+            if t % look_every == 0:
+                keep = running_R.nonzero()[:, 0]
+                if len(keep) == 0:
+                    break
+                if len(keep) < COMPACT_BELOW * len(row_R):
+                    decoding.keep(keep)
+                    row_R, token_R, running_R = row_R[keep], token_R[keep], running_R[keep]
+            decoding.feed(token_R)
+        stopped_R = stops_TR.any(0)
+        length_R = torch.where(stopped_R, stops_TR.int().argmax(0) + 1, limit)
         return self._collect(
-            len(groups), n, ids_RT.cpu(), logprobs_RT.cpu(), length_R.tolist(), stopped_R.tolist()
+            len(groups), n, ids_TR.T.cpu(), logprobs_TR.T.cpu(), length_R.tolist(), stopped_R.tolist()
         )
 
     def _collect(
@@ -124,44 +126,3 @@ class LocalEngine:
             for r in range(n_groups * n)
         ]
         return [tuple(rollouts[g * n : (g + 1) * n]) for g in range(n_groups)]
-
-
-def _uniforms(seed: Sequence[int], slot: int, index: int, n: int) -> np.ndarray:
-    """[n] float64 in [0, 1): the random numbers of one rollout, the same whatever batch or rank it runs in."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, slot, index]))).random(n)
-
-
-def sample_tokens(
-    logits_RV: Tensor, uniform_R: Tensor, sampling: SamplingConfig, suppressed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse CDF, and its log-probability (temperature applied, nothing suppressed or truncated).
-
-    Greedy for temperature 0, with the log-probability at temperature 1.
-    """
-    logits_RV = logits_RV / (sampling.temperature or 1.0)
-    allowed_RV = logits_RV.index_fill(-1, suppressed, -torch.inf)
-    if sampling.temperature == 0:
-        token_R = allowed_RV.argmax(-1)
-    else:
-        cdf_RV = truncate(allowed_RV.softmax(-1), sampling).double().cumsum(-1)
-        # right=True: the first token whose cumulative probability exceeds the draw, so never one of probability 0.
-        draw_R1 = (uniform_R * cdf_RV[:, -1])[:, None]
-        token_R = torch.searchsorted(cdf_RV, draw_R1, right=True)[:, 0].clamp(max=cdf_RV.shape[-1] - 1)
-    logprob_R = logits_RV.gather(-1, token_R[:, None])[:, 0] - logits_RV.logsumexp(-1)
-    return token_R, logprob_R
-
-
-def truncate(probs_RV: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Probabilities with what top-k, min-p and top-p exclude set to 0 (not renormalised)."""
-    if sampling.top_k and sampling.top_k < probs_RV.shape[-1]:
-        kth_R1 = probs_RV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        probs_RV = torch.where(probs_RV >= kth_R1, probs_RV, 0.0)
-    if sampling.min_p:
-        probs_RV = torch.where(probs_RV >= sampling.min_p * probs_RV.amax(-1, keepdim=True), probs_RV, 0.0)
-    if sampling.top_p < 1:
-        sorted_RV, index_RV = probs_RV.sort(dim=-1, descending=True)
-        total_R1 = sorted_RV.sum(-1, keepdim=True)
-        before_RV = sorted_RV.cumsum(-1) - sorted_RV  # mass ahead of each token: the likeliest always stays
-        kept_RV = torch.where(before_RV < sampling.top_p * total_R1, sorted_RV, 0.0)
-        probs_RV = torch.zeros_like(probs_RV).scatter(-1, index_RV, kept_RV)
-    return probs_RV

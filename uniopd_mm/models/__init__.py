@@ -1,22 +1,24 @@
 """LLaVA-style wrappers: vision tower -> projector -> language model, the same three stages for every family."""
 
+from uniopd_mm.models.decoding import start_decoding
 from uniopd_mm.models.loading import build_student, load_model, load_processor, load_student
 from uniopd_mm.models.logprobs import token_logprobs
-from uniopd_mm.models.scoring import pad_responses, response_logprobs, split_groups
+from uniopd_mm.models.scoring import pad_responses, plan_chunks, response_logprobs, split_groups
 from uniopd_mm.models.stages import stage_of, stage_parameters
-from uniopd_mm.models.wrapper import MultimodalLM, Prefix
+from uniopd_mm.models.wrapper import MultimodalLM
 
 __all__ = [
     "MultimodalLM",
-    "Prefix",
     "build_student",
     "load_model",
     "load_processor",
     "load_student",
     "pad_responses",
+    "plan_chunks",
     "response_logprobs",
     "split_groups",
     "stage_of",
     "stage_parameters",
+    "start_decoding",
     "token_logprobs",
 ]

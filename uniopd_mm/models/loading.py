@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
 
     from uniopd_mm.config import LoraConfig, ModelConfig, StudentConfig
     from uniopd_mm.processors import VLMProcessor
-
-log = logging.getLogger(__name__)
 
 
 def load_processor(settings: ModelConfig) -> VLMProcessor:
@@ -42,10 +39,6 @@ def load_model(settings: ModelConfig, device: torch.device, shared_prefix: bool 
 def load_student(settings: StudentConfig, seed: int = 0) -> MultimodalLM:
     """The student with its frozen stages and adapters (random by ``seed``) set up; weights stay where
     ``from_pretrained`` puts them (DeepSpeed moves, or under ZeRO-3 has already partitioned, them)."""
-    if settings.gradient_checkpointing and settings.shared_prefix:
-        log.warning(
-            "gradient_checkpointing: updates run one full row per rollout; sampling and scoring still share."
-        )
     return MultimodalLM(
         build_student(settings, seed), load_processor(settings), shared_prefix=settings.shared_prefix
     )

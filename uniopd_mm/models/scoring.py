@@ -35,14 +35,44 @@ def response_logprobs(
     rows: list[int],
     responses: list[torch.Tensor],
     temperature: float,
+    max_tokens: int,
 ) -> list[torch.Tensor]:
-    """log p of each response [T] float32 on the CPU; ``rows[r]`` is the prompt of response r."""
+    """log p of each response [T] float32 on the CPU; ``rows[r]`` is the prompt of response r, ``max_tokens`` bounds
+    what runs at once."""
     ids_RT, mask_RT = pad_responses(responses, model.processor.pad_token_id)
     device = model.device
     values_RT = model(
-        encoded, torch.tensor(rows, device=device), ids_RT.to(device), mask_RT.to(device), temperature
+        encoded,
+        torch.tensor(rows, device=device),
+        ids_RT.to(device),
+        mask_RT.to(device),
+        temperature,
+        plan_chunks([len(ids) for ids in responses], max_tokens, device=device),
     ).cpu()
     return [values_RT[r, : len(ids)] for r, ids in enumerate(responses)]
+
+
+def plan_chunks(
+    lengths: list[int], max_tokens: int, at_least: int = 1, device: torch.device | None = None
+) -> list[torch.Tensor]:
+    """Rollouts that run together: of like length, together at most ``max_tokens`` tokens with padding (or one rollout).
+
+    The longest come last.  ``at_least`` so many chunks, of which the largest are halved if need be; ValueError when
+    there are fewer rollouts than that.
+    """
+    if at_least > len(lengths):
+        raise ValueError(f"{len(lengths)} rollouts cannot make {at_least} chunks")
+    left = sorted(range(len(lengths)), key=lambda r: -lengths[r])
+    chunks: list[list[int]] = []
+    while left:
+        n = max(1, max_tokens // max(1, lengths[left[0]]))
+        chunks.append(left[:n])
+        left = left[n:]
+    while len(chunks) < at_least:
+        i = max(range(len(chunks)), key=lambda c: len(chunks[c]))
+        half = len(chunks[i]) // 2
+        chunks[i : i + 1] = [chunks[i][:half], chunks[i][half:]]
+    return [torch.tensor(sorted(chunk), device=device) for chunk in reversed(chunks)]
 
 
 def pad_responses(responses: list[torch.Tensor], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

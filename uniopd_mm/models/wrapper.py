@@ -1,8 +1,8 @@
-"""One model behind the three calls the library needs: prefill a prompt, decode against it, score responses.
+"""One model behind the calls the library needs: run prompts, decode behind them, score responses.
 
-It drives stock transformers models through their public forward.  A group's prompt (and its image) runs once; the
-responses run against the cached prefix, also with gradient, which is exact.  What cannot do that (sliding-window or
-linear attention; updates with gradient checkpointing) takes the plain path: one full row per rollout.
+It drives stock transformers models through their public forward.  A group's prompt (and its image) runs once, and its
+responses attend to it (:mod:`uniopd_mm.models.attention`), also with gradient, which is exact.  What cannot do that
+(sliding-window or linear attention), or was told not to, takes the plain path: one full row per rollout.
 
 B prompts, R rollouts, P prompt tokens (left-padded), T response tokens (right-padded), H hidden size.
 """
@@ -10,53 +10,55 @@ B prompts, R rollouts, P prompt tokens (left-padded), T response tokens (right-p
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from uniopd_mm.models.attention import (
+    Prefix,
+    PrefixPass,
+    ResponsePass,
+    shared_prefix_obstacle,
+    use_shared_prefix,
+)
 from uniopd_mm.models.logprobs import token_logprobs
+from uniopd_mm.models.vision import ImageEncoder
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPast
 
     from uniopd_mm.processors import EncodedPrompt, VLMProcessor
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class Prefix:
-    """Prompts that have been run: what decoding and scoring continue from."""
-
-    cache: Cache
-    mask_BP: Tensor
-    """[B, P] int64, 0 at padding."""
-    next_position_B: Tensor
-    """[B] position id of the first response token (M-RoPE: the same on all three axes)."""
-    last_hidden_BH: Tensor
-    """[B, H] hidden state that predicts the first response token."""
-
-    def select(self, row_B: Tensor) -> Prefix:
-        """Rows ``row_B`` of the batch, with repeats: [0, 0, 1] gives prompt 0 to two rollouts.  Consumes the cache."""
-        self.cache.batch_select_indices(row_B)
-        return Prefix(
-            self.cache, self.mask_BP[row_B], self.next_position_B[row_B], self.last_hidden_BH[row_B]
-        )
+VISION_CACHE_BYTES = 2**30
+"""Features of frozen vision towers that are kept from step to step."""
 
 
 class MultimodalLM(nn.Module):
     """A stock transformers model (multimodal or text-only, peft-wrapped or not) with its processor."""
 
-    def __init__(self, model: PreTrainedModel, processor: VLMProcessor, shared_prefix: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: VLMProcessor,
+        shared_prefix: bool = True,
+        vision_cache_bytes: int = VISION_CACHE_BYTES,
+    ) -> None:
         super().__init__()
         self.model = model
         self.processor = processor
-        obstacle = self._shared_prefix_obstacle() if shared_prefix else None
+        obstacle = shared_prefix_obstacle(self.transformer) if shared_prefix else None
         if obstacle:
             log.warning("shared_prefix is off: %s; every rollout runs its full row.", obstacle)
         self.shared_prefix = shared_prefix and obstacle is None
+        if self.shared_prefix:
+            use_shared_prefix(self.transformer)
+        sees_images = hasattr(self.transformer.base_model, "get_image_features")
+        self.images = ImageEncoder(self.transformer, vision_cache_bytes) if sees_images else None
 
     # ------------------------------------------------------------------ the parts
 
@@ -81,14 +83,6 @@ class MultimodalLM(nn.Module):
     def text_config(self) -> object:
         return self.transformer.config.get_text_config()
 
-    def _shared_prefix_obstacle(self) -> str | None:
-        kinds = set(getattr(self.text_config, "layer_types", None) or ()) - {"full_attention"}
-        if kinds:
-            return f"{self.model_type} has {', '.join(sorted(kinds))} layers"
-        return None
-
-    # ------------------------------------------------------------------ the three calls
-
     def collate(self, encoded: list[EncodedPrompt]) -> dict[str, Tensor]:
         """Left-padded batch of prompts on the model's device."""
         batch = self.processor.collate(encoded, padding_side="left")
@@ -98,35 +92,63 @@ class MultimodalLM(nn.Module):
             for name, value in batch.items()
         }
 
-    def prefill(self, inputs: dict[str, Tensor]) -> Prefix:
-        """Run prompts [B, P]: vision tower, projector and language model once each."""
-        positions = self.position_ids(inputs)
-        output = self.transformer.base_model(**inputs, position_ids=positions, use_cache=True)
-        next_position_B = positions.amax(-1) + 1
-        if next_position_B.dim() == 2:  # M-RoPE: [3, B]
-            next_position_B = next_position_B.amax(0)
-        return Prefix(
-            output.past_key_values, inputs["attention_mask"], next_position_B, output.last_hidden_state[:, -1]
-        )
-
-    def decode(self, prefix: Prefix, token_R: Tensor, step: int, mask_RL: Tensor) -> Tensor:
-        """Hidden states [R, H] after feeding the ``step``-th response token to every row; extends the cache.
-
-        ``mask_RL`` [R, P + step + 1] marks the real positions, the fed token included.
-        """
-        positions = self._response_positions(prefix.next_position_B + step, 1)
-        output = self.transformer.base_model(
-            input_ids=token_R[:, None],
-            attention_mask=mask_RL,
-            position_ids=positions,
-            past_key_values=prefix.cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[:, -1]
-
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] float32."""
         return self.transformer.get_output_embeddings()(hidden).float()
+
+    # ------------------------------------------------------------------ prompts
+
+    def prefill(self, encoded: list[EncodedPrompt]) -> Prefix:
+        """Run prompts: image encoder and language model once each."""
+        inputs = self.collate(encoded)
+        positions = self.position_ids(inputs)
+        prefix = PrefixPass()
+        output = self.run(self._with_images(inputs, encoded), positions, shared_prefix=prefix)
+        return Prefix(
+            prefix.keys,
+            prefix.values,
+            inputs["attention_mask"].bool(),
+            next_position(positions),
+            output.last_hidden_state[:, -1],
+        )
+
+    def remember_images(self, encoded: list[EncodedPrompt]) -> None:
+        """Run the frozen part of the image encoder on prompts that it has not seen, so that no later pass does."""
+        for prompt in encoded:
+            if self.images is not None and self.images.keeps != "nothing" and prompt.image_spans:
+                self.images.remember(self.images.take_inputs(self.collate([prompt])))
+
+    def knows_images(self, encoded: list[EncodedPrompt]) -> bool:
+        """Nothing is left for :meth:`remember_images` to do."""
+        if self.images is None or self.images.keeps == "nothing":
+            return True
+        return all(
+            self.images.knows(self.images.take_inputs(self.collate([p]))) for p in encoded if p.image_spans
+        )
+
+    def trim_images(self) -> None:
+        """Bring the features kept from earlier steps down to the memory allowed."""
+        if self.images is not None:
+            self.images.trim()
+
+    def _with_images(self, inputs: dict[str, Tensor], encoded: list[EncodedPrompt]) -> dict[str, object]:
+        """Model inputs with the pixels replaced by what the image encoder made of them."""
+        if self.images is None:
+            return dict(inputs)
+        vision = self.images.take_inputs(inputs := dict(inputs))
+        if not vision:
+            return dict(inputs)
+        if self.images.keeps == "nothing":
+            parts = [vision]
+        else:
+            parts = [self.images.take_inputs(self.collate([p])) for p in encoded if p.image_spans]
+        return {**inputs, "mm_encoder_outputs": {"image": self.images.encode(parts)}}
+
+    def run(self, inputs: dict[str, object], positions: Tensor, **kwargs: object) -> BaseModelOutputWithPast:
+        """The model without its head."""
+        return self.transformer.base_model(**{"use_cache": False, **inputs, **kwargs}, position_ids=positions)
+
+    # ------------------------------------------------------------------ responses
 
     def forward(
         self,
@@ -135,56 +157,82 @@ class MultimodalLM(nn.Module):
         response_RT: Tensor,
         mask_RT: Tensor,
         temperature: float = 1.0,
+        chunks: list[Tensor] | None = None,
     ) -> Tensor:
         """log p of every response token [R, T] float32 nats, 0 outside ``mask_RT``.
 
-        ``row_R[r]`` is the prompt of rollout r; index t holds log p(token t | prompt, tokens < t).
+        ``row_R[r]`` is the prompt of rollout r; index t holds log p(token t | prompt, tokens < t).  ``chunks``:
+        rollouts that run together, every one in exactly one of them; the activations of all but the last chunk are
+        computed again in the backward pass.
         """
-        # In training mode transformers recomputes activations, and discards the prefix's keys and values with them.
-        share = self.shared_prefix and not (
-            self.model.training and self.transformer.is_activation_checkpointing
-        )
-        hidden_of = self._hidden_shared if share else self._hidden_plain
-        hidden_RTH = hidden_of(encoded, row_R, response_RT, mask_RT)
-        keep = mask_RT.bool()
+        hidden_of = self._hidden_shared if self.shared_prefix else self._hidden_plain
+        chunks = [torch.arange(len(row_R), device=row_R.device)] if chunks is None else chunks
+        hidden, where = hidden_of(encoded, row_R, response_RT, mask_RT, chunks)
         head = self.transformer.get_output_embeddings()
-        values = token_logprobs(hidden_RTH[keep], head, response_RT[keep], temperature)
-        return torch.zeros(response_RT.shape, device=values.device).masked_scatter(keep, values)
+        values = token_logprobs(hidden, head, response_RT[where], temperature)
+        return torch.zeros(response_RT.shape, device=values.device).index_put(where, values)
 
     def _hidden_shared(
-        self, encoded: list[EncodedPrompt], row_R: Tensor, response_RT: Tensor, mask_RT: Tensor
-    ) -> Tensor:
-        prefix = self.prefill(self.collate(encoded)).select(row_R)
-        # Position t is predicted from token t-1, so the last token is never fed; a lone token is fed all the same,
-        # because under ZeRO-3 every rank must run every layer equally often.
-        n_fed = max(1, response_RT.shape[1] - 1)
-        fed_RT, fed_mask_RT = response_RT[:, :n_fed], mask_RT[:, :n_fed]
-        output = self.transformer.base_model(
-            input_ids=fed_RT,
-            attention_mask=torch.cat([prefix.mask_BP, fed_mask_RT.to(prefix.mask_BP.dtype)], dim=1),
-            position_ids=self._response_positions(prefix.next_position_B, n_fed),
-            past_key_values=prefix.cache,
-            use_cache=True,
+        self,
+        encoded: list[EncodedPrompt],
+        row_R: Tensor,
+        response_RT: Tensor,
+        mask_RT: Tensor,
+        chunks: list[Tensor],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Hidden states [M, H] that predict the real tokens, and the (rollout, position) of each."""
+        prefix = self.prefill(encoded)
+        # In training mode transformers recomputes layer by layer already.
+        recomputes = self.model.training and self.transformer.is_activation_checkpointing
+        hidden, rollouts, positions = [], [], []
+        for chunk in chunks:
+            n_tokens = int(mask_RT[chunk].sum(-1).max())
+            # Position t is predicted from token t-1, so the last token is never fed; a lone token is fed all the
+            # same, because under ZeRO-3 every rank must run every layer equally often.
+            fed = slice(0, max(1, n_tokens - 1))
+            arguments = prefix, row_R[chunk], response_RT[chunk, fed], mask_RT[chunk, fed]
+            if torch.is_grad_enabled() and chunk is not chunks[-1] and not recomputes:
+                states = checkpoint(self._continue, *arguments, use_reentrant=False)
+            else:
+                states = self._continue(*arguments)
+            keep = mask_RT[chunk, :n_tokens]
+            hidden.append(states[:, :n_tokens][keep])
+            rollout, position = keep.nonzero(as_tuple=True)
+            rollouts.append(chunk[rollout])
+            positions.append(position)
+        return torch.cat(hidden), (torch.cat(rollouts), torch.cat(positions))
+
+    def _continue(self, prefix: Prefix, row_R: Tensor, fed_RT: Tensor, mask_RT: Tensor) -> Tensor:
+        """Hidden states [R, T + 1, H] that predict the fed tokens and the one behind them."""
+        output = self.run(
+            {"input_ids": fed_RT, "attention_mask": no_mask(fed_RT)},
+            self.response_positions(prefix.next_position_B[row_R], fed_RT.shape[1]),
+            shared_prefix=ResponsePass(prefix, row_R, mask_RT),
         )
-        hidden_RTH = torch.cat([prefix.last_hidden_BH[:, None], output.last_hidden_state], dim=1)
-        return hidden_RTH[:, : response_RT.shape[1]]
+        return torch.cat([prefix.last_hidden_BH[row_R][:, None], output.last_hidden_state], dim=1)
 
     def _hidden_plain(
-        self, encoded: list[EncodedPrompt], row_R: Tensor, response_RT: Tensor, mask_RT: Tensor
-    ) -> Tensor:
+        self,
+        encoded: list[EncodedPrompt],
+        row_R: Tensor,
+        response_RT: Tensor,
+        mask_RT: Tensor,
+        chunks: list[Tensor],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """See :meth:`_hidden_shared`; one full row per rollout, all rows at once."""
         inputs = self.collate([encoded[row] for row in row_R.tolist()])
         n_prompt, n_response = inputs["input_ids"].shape[1], response_RT.shape[1]
         positions = self.position_ids(inputs)
-        next_position_R = positions.amax(-1) + 1
-        next_position_R = next_position_R.amax(0) if next_position_R.dim() == 2 else next_position_R
-        positions = torch.cat([positions, self._response_positions(next_position_R, n_response)], dim=-1)
+        behind = self.response_positions(next_position(positions), n_response)
+        positions = torch.cat([positions, behind], dim=-1)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], response_RT], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask_RT.to(torch.int64)], dim=1)
         if "mm_token_type_ids" in inputs:
             zeros = torch.zeros_like(response_RT)
             inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], zeros], dim=1)
-        output = self.transformer.base_model(**inputs, position_ids=positions, use_cache=False)
-        return output.last_hidden_state[:, n_prompt - 1 : -1]
+        output = self.run(inputs, positions)
+        keep = mask_RT.bool()
+        return output.last_hidden_state[:, n_prompt - 1 : -1][keep], keep.nonzero(as_tuple=True)
 
     # ------------------------------------------------------------------ positions
 
@@ -205,6 +253,17 @@ class MultimodalLM(nn.Module):
         # Families disagree on what padding gets; 0 keeps it below every real position.
         return torch.where(mask_BP.bool(), positions, torch.zeros_like(positions))
 
-    def _response_positions(self, start_R: Tensor, n: int) -> Tensor:
+    def response_positions(self, start_R: Tensor, n: int) -> Tensor:
         positions_RT = start_R[:, None] + torch.arange(n, device=start_R.device)
         return positions_RT.expand(3, -1, -1) if self.uses_mrope else positions_RT
+
+
+def next_position(positions: Tensor) -> Tensor:
+    """[B] the position behind each prompt, of [B, P] or [3, B, P]."""
+    next_position = positions.amax(-1) + 1
+    return next_position.amax(0) if next_position.dim() == 2 else next_position
+
+
+def no_mask(like: Tensor) -> Tensor:
+    """Keeps transformers from building a mask that our attention would not read."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=like.device)

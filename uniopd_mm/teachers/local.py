@@ -31,11 +31,12 @@ class LocalTeacher:
         model: MultimodalLM,
         student: VLMProcessor,
         concurrent_rollouts: int = 256,
+        micro_tokens: int = 4096,
     ) -> None:
         self.name, self.settings, self.model = name, settings, model
         self.processor = model.processor
         self.sees_images = self.processor.sees_images
-        self.concurrent_rollouts = concurrent_rollouts
+        self.concurrent_rollouts, self.micro_tokens = concurrent_rollouts, micro_tokens
         self.aligner = Aligner(
             student=vocabulary(student.tokenizer),
             teacher=vocabulary(self.processor.tokenizer),
@@ -61,6 +62,7 @@ class LocalTeacher:
         self, groups: list[Group], temperature: float = 1.0, progress: Callable[[int], None] | None = None
     ) -> list[Group]:
         """See :class:`uniopd_mm.teachers.base.Teacher`."""
+        self.model.trim_images()
         scored: list[Group] = []
         for batch in split_groups(groups, self.concurrent_rollouts):
             scored += self._score_batch(batch, temperature)
@@ -75,7 +77,11 @@ class LocalTeacher:
         if flat:
             rows, responses = zip(*flat, strict=True)
             encoded = [self.encode(g) for g in groups]
-            values = iter(response_logprobs(self.model, encoded, list(rows), list(responses), temperature))
+            values = iter(
+                response_logprobs(
+                    self.model, encoded, list(rows), list(responses), temperature, self.micro_tokens
+                )
+            )
         return [
             replace(g, rollouts=tuple(self._fill(r, a, values) for r, a in zip(g.rollouts, row, strict=True)))
             for g, row in zip(groups, aligned, strict=True)

@@ -111,6 +111,7 @@ class Run:
                     model,
                     self.student.processor,
                     config.rollout.concurrent_rollouts,
+                    config.distributed.micro_tokens,
                 )
                 for name, model in teacher_models.items()
             },

@@ -22,6 +22,7 @@ from uniopd_mm.models import (
     MultimodalLM,
     load_student,
     pad_responses,
+    plan_chunks,
     response_logprobs,
     split_groups,
     stage_parameters,
@@ -102,7 +103,12 @@ class Trainer:
             rows, responses = [i for i, _ in flat], [ids for _, ids in flat]
             encoded = [g.encoded for g in batch]
             values = response_logprobs(
-                self.student, encoded, rows, responses, self.config.loss.score_temperature
+                self.student,
+                encoded,
+                rows,
+                responses,
+                self.config.loss.score_temperature,
+                self.config.distributed.micro_tokens,
             )
             result += fill(batch, "student_logprobs", values)
         return result
@@ -114,7 +120,8 @@ class Trainer:
         settings = self.config.loss
         micro = self.config.distributed.micro_groups
         parts = [groups[i * micro : (i + 1) * micro] for i in range(self.accumulation)]
-        batches = [Batch.of(self._fill_up(part), self.student) for part in parts]
+        batches = [self._batch(part) for part in parts]
+        self._remember_images(batches)
         # Rollouts that are masked or balanced out get no forward pass, but stay in the denominators.
         n_rollouts, n_tokens = loss_denominators(*scored_and_kept(groups), settings).tolist()
         total = self.world.sum({"rollouts": n_rollouts, "tokens": n_tokens})
@@ -122,7 +129,12 @@ class Trainer:
         self.student.train(self.config.student.gradient_checkpointing)  # what makes transformers recompute
         for batch in batches:
             new_lp = self.engine(
-                batch.encoded, batch.row, batch.response, batch.mask, temperature=settings.score_temperature
+                batch.encoded,
+                batch.row,
+                batch.response,
+                batch.mask,
+                temperature=settings.score_temperature,
+                chunks=batch.chunks,
             )
             loss, stats = policy_loss(
                 new_lp,
@@ -167,18 +179,38 @@ class Trainer:
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)), self.config.optim.lr * factor
 
-    def _fill_up(self, groups: list[Group]) -> list[Group]:
-        """Rollouts worth a forward pass, plus a dummy image where none is left.
+    def _batch(self, groups: list[Group]) -> Batch:
+        """One micro-batch: the rollouts worth a forward pass, and what keeps the ranks in step.
 
-        Every rank must touch the same weights in every micro-batch: a vision tower that ran on one rank only would
-        leave the others waiting.
+        Every rank must touch the same weights equally often in every micro-batch, or one waits for another for ever:
+        a group without loss stands in where no image (no rollout) is left, and under ZeRO-3 all ranks run as many
+        chunks.
         """
         trained = [replace(g, rollouts=tuple(filter(is_trained, g.rollouts))) for g in groups]
         used = [g for g in trained if g.rollouts]
         has_image = any(g.encoded.image_spans for g in used)
         if not used or (not has_image and self.student.processor.sees_images):
             used.append(self.dummy)
-        return used
+        max_tokens = self.config.distributed.micro_tokens
+        n_chunks = len(plan_chunks(response_lengths(used), max_tokens))
+        if self.config.distributed.zero_stage == 3:
+            n_chunks = max(self.world.gather([n_chunks]))
+            missing = n_chunks - len(response_lengths(used))
+            used[-1] = replace(used[-1], rollouts=used[-1].rollouts + self.dummy.rollouts * max(0, missing))
+        chunks = plan_chunks(
+            response_lengths(used), max_tokens, at_least=n_chunks, device=self.student.device
+        )
+        return Batch.of(used, self.student, chunks)
+
+    def _remember_images(self, batches: list[Batch]) -> None:
+        """Run a frozen vision tower before the update where sampling has not: under ZeRO-3 only all ranks together
+        can run it, and they may not all need to."""
+        if self.config.distributed.zero_stage != 3:
+            return
+        if self.world.any(not all(self.student.knows_images(b.encoded) for b in batches)):
+            with self.whole_weights(), torch.no_grad():
+                for batch in batches:
+                    self.student.remember_images(batch.encoded)
 
 
 def scored_and_kept(groups: list[Group]) -> tuple[Tensor, Tensor]:
@@ -200,10 +232,15 @@ def is_trained(rollout: Rollout) -> bool:
     return rollout.kept and rollout.scored is not None and bool(rollout.scored.any())
 
 
+def response_lengths(groups: list[Group]) -> list[int]:
+    return [len(r.response_ids) for g in groups for r in g.rollouts]
+
+
 class Batch:
     """Tensors of one micro-batch, on the student's device; rollouts right-padded."""
 
     encoded: list[Any]
+    chunks: list[Tensor]  # the rollouts that run together
     row: Tensor  # [R] prompt of each rollout
     response: Tensor  # [R, T] int64
     mask: Tensor  # [R, T] bool, real tokens
@@ -215,8 +252,9 @@ class Batch:
     advantages: Tensor  # [R, T]
 
     @classmethod
-    def of(cls, groups: list[Group], student: MultimodalLM) -> Batch:
+    def of(cls, groups: list[Group], student: MultimodalLM, chunks: list[Tensor]) -> Batch:
         self, device = cls(), student.device
+        self.chunks = chunks
         rollouts = [r for g in groups for r in g.rollouts]
         self.encoded = [g.encoded for g in groups]
         self.row = torch.tensor([i for i, g in enumerate(groups) for _ in g.rollouts], device=device)

@@ -1,0 +1,270 @@
+"""Attention of responses to a prompt that ran once, without a copy of the prompt's keys and values for each rollout.
+
+transformers picks a model's attention function by name.  Ours, ``shared_prefix``, is PyTorch's scaled-dot-product
+attention, unless the model's forward was given a *pass* (keyword ``shared_prefix``), which then computes it:
+:class:`PrefixPass` runs prompts and keeps their keys and values, :class:`ResponsePass` runs whole responses behind
+them (with gradient if need be), :class:`DecodePass` one token after the other.  No cache object is involved, so the
+same passes hold under gradient checkpointing, which would throw a cache away.
+
+B prompts, R rollouts, P prompt tokens (left-padded), T response tokens (right-padded), Q query heads, K key/value
+heads (Q = K * G), D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "shared_prefix"
+FIRST_CAPACITY = 64
+"""Response tokens that a decoding pass first has room for; it grows by doubling."""
+
+
+class Pass(Protocol):
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Attention output [batch, tokens, Q, D] of one layer; query [batch, Q, tokens, D], key and value
+        [batch, K, tokens, D]."""
+        ...
+
+
+def shared_prefix_obstacle(model: PreTrainedModel) -> str | None:
+    """Why this model's responses cannot attend to a shared prompt; None = they can."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        return f"{model.config.model_type} has {', '.join(sorted(kinds))} layers"
+    if getattr(config, "attn_logit_softcapping", None):
+        return f"{model.config.model_type} caps its attention scores"
+    if config._attn_implementation == "eager":
+        return "attention: eager was asked for"
+    if not model._supports_attention_backend:
+        return f"{model.config.model_type} does not take an attention function"
+    return None
+
+
+def use_shared_prefix(model: PreTrainedModel) -> None:
+    """Give the language model of ``model`` the attention function of this module; its vision tower keeps its own."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+    parts = [
+        k for k in model.config.sub_configs if getattr(model.config, k) is model.config.get_text_config()
+    ]
+    model.set_attn_implementation({parts[0]: NAME} if parts else NAME)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    shared_prefix: Pass | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    attend = _plain if shared_prefix is None else shared_prefix.attend
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _plain(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    from transformers import AttentionInterface
+
+    return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
+
+
+@dataclass
+class Prefix:
+    """Prompts that have been run: what their responses continue from."""
+
+    keys: dict[int, Tensor]
+    """Layer -> [B, K, P, D], positions encoded."""
+    values: dict[int, Tensor]
+    mask_BP: Tensor
+    """[B, P] bool, False at padding."""
+    next_position_B: Tensor
+    """[B] position id of the first response token (M-RoPE: the same on all three axes)."""
+    last_hidden_BH: Tensor
+    """[B, H] hidden state that predicts the first response token."""
+    is_padded: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_padded = not bool(self.mask_BP.all())
+
+    def rows(self, row: Tensor) -> Prefix:
+        """The prompts ``row`` alone."""
+        return Prefix(
+            {i: k[row] for i, k in self.keys.items()},
+            {i: v[row] for i, v in self.values.items()},
+            self.mask_BP[row],
+            self.next_position_B[row],
+            self.last_hidden_BH[row],
+        )
+
+
+class PrefixPass:
+    """Runs prompts as they always run, and keeps every layer's keys and values."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        # The first ones count: a layer recomputed in the backward pass comes by again.
+        self.keys.setdefault(module.layer_idx, key)
+        self.values.setdefault(module.layer_idx, value)
+        return _plain(module, query, key, value, mask, **kwargs)
+
+
+class ResponsePass:
+    """Runs whole responses behind their prompts: exact, and gradients flow into the prompts' keys and values."""
+
+    def __init__(self, prefix: Prefix, row_R: Tensor, mask_RT: Tensor) -> None:
+        self.prefix, self.row_R = prefix, row_R
+        n_rollouts, n_tokens = mask_RT.shape
+        n_prompt = prefix.mask_BP.shape[1]
+        if not prefix.is_padded:
+            # Padding behind a response is never looked back at; a plain causal mask keeps the fastest kernels.
+            self.mask: Tensor | CausalBias = causal_lower_right(n_tokens, n_prompt + n_tokens)
+        else:
+            causal_TT = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=mask_RT.device).tril()
+            prompt_RTP = prefix.mask_BP[row_R][:, None].expand(-1, n_tokens, -1)
+            own_RTT = causal_TT.expand(n_rollouts, -1, -1)
+            self.mask = torch.cat([prompt_RTP, own_RTT], dim=-1)[:, None]
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        layer = module.layer_idx
+        key = torch.cat([self.prefix.keys[layer].index_select(0, self.row_R), key], dim=2)
+        value = torch.cat([self.prefix.values[layer].index_select(0, self.row_R), value], dim=2)
+        # On a GPU, grouped heads together with a mask fall back to a kernel that holds all scores.
+        grouped = query.device.type == "cpu" or isinstance(self.mask, CausalBias)
+        if not grouped:
+            n_repeats = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(n_repeats, dim=1) for x in (key, value))
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=self.mask, scale=scaling, enable_gqa=grouped
+        )
+        return output.transpose(1, 2), None
+
+
+class DecodePass:
+    """Runs responses token by token: the prompts are read once per group, the responses' own keys and values are
+    written in place.  Without gradient."""
+
+    def __init__(self, prefix: Prefix, row_R: Tensor) -> None:
+        self.prefix, self.row_R = prefix, row_R
+        self.n_fed = 0
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Lay the rows of each prompt side by side, so that one product serves all of them."""
+        n_prompts = len(self.prefix.mask_BP)
+        count_B = torch.bincount(self.row_R, minlength=n_prompts)
+        self.n_slots = int(count_B.max())
+        first_B = count_B.cumsum(0) - count_B  # rows stay in the order of their prompts
+        rank_R = torch.arange(len(self.row_R), device=self.row_R.device) - first_B[self.row_R]
+        slot_R = self.row_R * self.n_slots + rank_R
+        self.slot_R = None if len(slot_R) == n_prompts * self.n_slots else slot_R
+        self.bias = None
+        if self.prefix.is_padded:
+            blocked_BP = ~self.prefix.mask_BP
+            self.bias = torch.zeros(blocked_BP.shape, device=blocked_BP.device)
+            self.bias = self.bias.masked_fill(blocked_BP, -torch.inf)[:, None, None]
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with the rows ``index`` alone."""
+        self.keys = {i: k[index, :, : self.n_fed] for i, k in self.keys.items()}
+        self.values = {i: v[index, :, : self.n_fed] for i, v in self.values.items()}
+        alive_B, self.row_R = self.row_R[index].unique(return_inverse=True)
+        if len(alive_B) < len(self.prefix.mask_BP):
+            self.prefix = self.prefix.rows(alive_B)
+        self._arrange()
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        layer = module.layer_idx
+        n_rows, n_query, _, size = query.shape
+        n_key = key.shape[1]
+        own_key = self._append(self.keys, layer, key)
+        own_value = self._append(self.values, layer, value)
+        query = (query[:, :, 0] * (size**-0.5 if scaling is None else scaling)).view(n_rows, n_key, -1, size)
+        own = _partial(query, own_key, own_value)
+        prompt = _partial(self._gather(query), self.prefix.keys[layer], self.prefix.values[layer], self.bias)
+        prompt_out, prompt_sum, prompt_max = (self._scatter(x) for x in prompt)
+        own_out, own_sum, own_max = own
+        top = torch.maximum(prompt_max, own_max)
+        prompt_share, own_share = (prompt_max - top).exp_(), (own_max - top).exp_()
+        output = (prompt_out * prompt_share + own_out * own_share) / (
+            prompt_sum * prompt_share + own_sum * own_share
+        )
+        return output.to(value.dtype).reshape(n_rows, 1, n_query, size), None
+
+    def _append(self, store: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+        """Everything fed so far [R, K, n_fed + 1, D], the new token written in place."""
+        held = store.get(layer)
+        if held is None or held.shape[2] <= self.n_fed:
+            n_rows, n_key, _, size = new.shape
+            grown = new.new_empty(n_rows, n_key, max(FIRST_CAPACITY, 2 * self.n_fed), size)
+            if held is not None:
+                grown[:, :, : self.n_fed] = held[:, :, : self.n_fed]
+            held = store[layer] = grown
+        held[:, :, self.n_fed] = new[:, :, 0]
+        return held[:, :, : self.n_fed + 1]
+
+    def _gather(self, query: Tensor) -> Tensor:
+        """[R, K, G, D] -> [B, K, n_slots * G, D]; slots of finished rows hold zeros."""
+        _, n_key, group, size = query.shape
+        if self.slot_R is not None:
+            grid = query.new_zeros(len(self.prefix.mask_BP) * self.n_slots, n_key, group, size)
+            query = grid.index_copy_(0, self.slot_R, query)
+        return query.view(-1, self.n_slots, n_key, group, size).transpose(1, 2).flatten(2, 3)
+
+    def _scatter(self, grid: Tensor) -> Tensor:
+        """[B, K, n_slots * G, X] -> [R, K, G, X]"""
+        rows = grid.unflatten(2, (self.n_slots, -1)).transpose(1, 2).flatten(0, 1)
+        return rows if self.slot_R is None else rows[self.slot_R]
+
+
+def _partial(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unnormalised attention output, its normaliser and the largest score: float32, to be merged with other parts."""
+    scores = (query @ key.transpose(-1, -2)).float()
+    if bias is not None:
+        scores = scores + bias
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top).exp_()
+    return (weights.to(value.dtype) @ value).float(), weights.sum(-1, keepdim=True), top

@@ -1,0 +1,210 @@
+"""Images -> what the language model reads in their place; the frozen part runs once per image.
+
+What is frozen decides what can be kept: tower and projector frozen, the projected features of any family; the tower
+alone, its output, for the families that this file knows how to project (``TOWERS``); nothing, otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from uniopd_mm.models.stages import stage_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+Features = tuple[Tensor, ...]
+"""Output of a vision tower for the images of one prompt, before the projector."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """How one family's ``get_image_features`` falls into a tower and a projector."""
+
+    run: Callable[[Any, dict[str, Tensor]], Features]
+    """(base model, the vision inputs of a prompt) -> features."""
+    project: Callable[[Any, Features, dict[str, Tensor]], BaseModelOutputWithPooling]
+    """(base model, features, the same inputs) -> what ``get_image_features`` returns."""
+
+
+def _run_llava(base: Any, inputs: dict[str, Tensor]) -> Features:
+    config = base.config
+    layers = config.vision_feature_layer
+    hidden = base.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    kept = [hidden[i] for i in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":  # without the class token
+        kept = [states[:, 1:] for states in kept]
+    return (torch.cat(kept, dim=-1),)
+
+
+def _project_llava(base: Any, features: Features, inputs: dict[str, Tensor]) -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    return BaseModelOutputWithPooling(pooler_output=list(base.multi_modal_projector(features[0])))
+
+
+def _run_qwen(base: Any, inputs: dict[str, Tensor]) -> Features:
+    visual, grid = base.visual, inputs["image_grid_thw"]
+    return (visual(inputs["pixel_values"], grid_thw=grid).last_hidden_state,)
+
+
+def _run_qwen3(base: Any, inputs: dict[str, Tensor]) -> Features:
+    """The last layer's output and those of the layers that are also fed into the language model (DeepStack)."""
+    visual, grid = base.visual, inputs["image_grid_thw"]
+    output = visual(inputs["pixel_values"], grid_thw=grid, output_hidden_states=True)
+    # hidden_states[0] is the input of the first block.
+    deep = [output.hidden_states[i + 1] for i in visual.deepstack_visual_indexes]
+    return (output.last_hidden_state, *deep)
+
+
+def _project_qwen(base: Any, features: Features, inputs: dict[str, Tensor]) -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    merged = base.visual.merger(features[0])
+    return BaseModelOutputWithPooling(pooler_output=_per_image(base, merged, inputs))
+
+
+def _project_qwen2_5(base: Any, features: Features, inputs: dict[str, Tensor]) -> Any:
+    """The tower works on windows of patches and leaves them in that order."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from transformers.vision_utils import get_vision_window_index
+
+    visual = base.visual
+    order, _ = get_vision_window_index(
+        inputs["image_grid_thw"], visual.spatial_merge_size, visual.window_size, visual.patch_size
+    )
+    merged = visual.merger(features[0])[torch.argsort(order).to(features[0].device)]
+    return BaseModelOutputWithPooling(pooler_output=_per_image(base, merged, inputs))
+
+
+def _project_qwen3(base: Any, features: Features, inputs: dict[str, Tensor]) -> Any:
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+    last, *deep = features
+    visual = base.visual
+    return BaseModelOutputWithDeepstackFeatures(
+        pooler_output=_per_image(base, visual.merger(last), inputs),
+        deepstack_features=[
+            _per_image(base, merger(states), inputs)
+            for merger, states in zip(visual.deepstack_merger_list, deep, strict=True)
+        ],
+    )
+
+
+def _per_image(base: Any, merged: Tensor, inputs: dict[str, Tensor]) -> list[Tensor]:
+    n_tokens = inputs["image_grid_thw"].prod(-1) // base.visual.spatial_merge_size**2
+    return list(merged.split(n_tokens.tolist()))
+
+
+TOWERS = {
+    "llava": Tower(_run_llava, _project_llava),
+    "qwen2_vl": Tower(_run_qwen, _project_qwen),
+    "qwen2_5_vl": Tower(_run_qwen, _project_qwen2_5),
+    "qwen3_vl": Tower(_run_qwen3, _project_qwen3),
+}
+"""``config.model_type`` -> its tower and projector, for models whose projector is trained on a frozen tower."""
+
+
+class ImageEncoder:
+    """The images of prompts as ``mm_encoder_outputs``, with a bounded memory of what frozen parts gave."""
+
+    def __init__(self, model: PreTrainedModel, max_bytes: int) -> None:
+        self.base, self.model_type, self.max_bytes = model.base_model, model.config.model_type, max_bytes
+        self.input_names = frozenset(inspect.signature(self.base.get_image_features).parameters)
+        self.kept: OrderedDict[bytes, Any] = OrderedDict()
+        self.n_bytes = 0
+        self._parameters: dict[str, list[nn.Parameter]] = {"vision": [], "projector": [], "language": []}
+        for name, parameter in model.named_parameters():
+            self._parameters[stage_of(self.model_type, name)].append(parameter)
+
+    @property
+    def keeps(self) -> Literal["features", "tower", "nothing"]:
+        """What is the same whenever an image comes by again."""
+        if any(p.requires_grad for p in self._parameters["vision"]):
+            return "nothing"
+        if not any(p.requires_grad for p in self._parameters["projector"]):
+            return "features"
+        return "tower" if self.model_type in TOWERS else "nothing"
+
+    def take_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move what the image encoder reads out of the inputs of a model; {} without images."""
+        return {name: inputs.pop(name) for name in list(inputs) if name in self.input_names}
+
+    def encode(self, prompts: list[dict[str, Tensor]]) -> Any:
+        """Encoder output of several prompts' images, in order, with gradient where something is trained; each dict
+        holds the vision inputs of one prompt."""
+        if self.keeps == "nothing":
+            return _join([self.base.get_image_features(**inputs, return_dict=True) for inputs in prompts])
+        kept = [self.remember(inputs) for inputs in prompts]
+        if self.keeps == "tower":
+            project = TOWERS[self.model_type].project
+            kept = [project(self.base, f, inputs) for f, inputs in zip(kept, prompts, strict=True)]
+        return _join(kept)
+
+    def knows(self, inputs: dict[str, Tensor]) -> bool:
+        return _digest(inputs) in self.kept
+
+    def remember(self, inputs: dict[str, Tensor]) -> Any:
+        """What the frozen part gives for one prompt's images, computed when it is not known yet."""
+        key = _digest(inputs)
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return self.kept[key]
+        with torch.no_grad():
+            if self.keeps == "features":
+                found = _only_used(self.base.get_image_features(**inputs, return_dict=True))
+            else:
+                found = TOWERS[self.model_type].run(self.base, inputs)
+        self.kept[key] = found
+        self.n_bytes += _n_bytes(found)
+        return found
+
+    def trim(self) -> None:
+        """Forget the images not used for longest, down to the memory allowed.  Never inside a step: what sampling
+        computed must still be there in the update, where ranks may not run a partitioned tower at different times."""
+        while self.n_bytes > self.max_bytes:
+            _, forgotten = self.kept.popitem(last=False)
+            self.n_bytes -= _n_bytes(forgotten)
+
+
+def _digest(inputs: dict[str, Tensor]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(inputs):
+        value = inputs[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def _only_used(output: Any) -> Any:
+    """The encoder output without the hidden states that no language model reads."""
+    deep = getattr(output, "deepstack_features", None)
+    return type(output)(
+        pooler_output=list(output.pooler_output),
+        **({} if deep is None else {"deepstack_features": [list(layer) for layer in deep]}),
+    )
+
+
+def _join(outputs: list[Any]) -> Any:
+    joined = _only_used(outputs[0])
+    for output in outputs[1:]:
+        joined.pooler_output.extend(output.pooler_output)
+        if hasattr(joined, "deepstack_features"):
+            for layer, more in zip(joined.deepstack_features, output.deepstack_features, strict=True):
+                layer.extend(more)
+    return joined
+
+
+def _n_bytes(found: Any) -> int:
+    if isinstance(found, Tensor):
+        return found.numel() * found.element_size()
+    return sum(_n_bytes(part) for part in (found.values() if hasattr(found, "values") else found))
