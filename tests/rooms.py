@@ -18,7 +18,7 @@ FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
 
 
 def load(folder: Path, shared_prefix: bool = True) -> MultimodalLM:
-    return load_model(ModelConfig(model=str(folder), dtype="float32"), CPU, shared_prefix=shared_prefix)
+    return load_model(ModelConfig(model=str(folder), dtype="float32", shared_prefix=shared_prefix), CPU)
 
 
 def make_prompt(n_images: int, seed: int = 0, domain: str = "default") -> Prompt:

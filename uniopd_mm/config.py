@@ -57,6 +57,10 @@ class ModelConfig(Settings):
     """Largest image area in pixels after resizing (Qwen families); null = the processor's own."""
     template: dict[str, Any] = {}
     """Extra variables of the chat template, e.g. {enable_thinking: false}."""
+    shared_prefix: bool = True
+    """Run a group's prompt once and its responses behind it (exact); false = one full row per rollout, to compare."""
+    vision_cache_mib: int = Field(default=1024, ge=0)
+    """Memory for what a frozen vision tower made of the images it has seen, MiB; 0 = forgotten after each step."""
 
 
 class StudentConfig(ModelConfig):
@@ -66,8 +70,6 @@ class StudentConfig(ModelConfig):
     """Train low-rank adapters instead of the full weights (needs the `lora` extra)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    shared_prefix: bool = True
-    """Run a group's prompt once and its responses against the cached prefix (exact); false = one full row per rollout."""
 
 
 View = Literal["image", "text", "drop"]
@@ -255,6 +257,8 @@ class DistributedConfig(Settings):
     same prompt; their activations are computed again in the backward pass: bounded memory, up to a third more time."""
     offload_optimizer: bool = False
     """Keep optimizer state in CPU memory."""
+    deepspeed: dict[str, Any] = {}
+    """Entries of the DeepSpeed configuration laid over ours, e.g. {zero_optimization: {overlap_comm: false}}."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """A collective that waits longer fails."""
 

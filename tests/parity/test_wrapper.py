@@ -11,7 +11,7 @@ from rooms import FAMILIES, load, make_groups, make_teacher, plain_logprobs, sam
 from uniopd_mm.config import SamplingConfig, StudentConfig
 from uniopd_mm.engines import LocalEngine
 from uniopd_mm.engines.sampling import sample_tokens, truncate
-from uniopd_mm.models import load_student, pad_responses, stage_of, token_logprobs
+from uniopd_mm.models import load_student, pad_responses, stage_of
 
 MIXES = {"llava": (1, 0, 2), "qwen2_5_vl": (1, 0, 2), "qwen3_vl": (1, 0, 2), "text": (0, 0, 0)}
 
@@ -185,23 +185,6 @@ def test_sampled_frequencies_follow_the_truncated_distribution() -> None:
     frequencies = torch.bincount(draws, minlength=5) / n
     torch.testing.assert_close(frequencies, wanted / wanted.sum(), atol=1e-3, rtol=0)
     torch.testing.assert_close(logprob, (logits[0] / 0.7).log_softmax(-1)[draws])
-
-
-def test_chunked_logprobs_equal_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    head, hidden, target = torch.nn.Linear(8, 50, bias=False), torch.randn(13, 8), torch.randint(0, 50, (13,))
-    results = []
-    for limit in (2**26, 150):
-        monkeypatch.setattr("uniopd_mm.models.logprobs.CHUNK_LOGITS", limit)
-        x = hidden.clone().requires_grad_(True)
-        head.zero_grad()
-        values = token_logprobs(x, head, target, temperature=0.7)
-        (values * torch.arange(13)).sum().backward()
-        results.append((values, x.grad, head.weight.grad.clone()))
-    wanted = (head(hidden) / 0.7).log_softmax(-1).gather(-1, target[:, None])[:, 0]
-    torch.testing.assert_close(results[0][0], wanted)
-    for whole, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(whole, chunked, atol=1e-6, rtol=1e-5)
 
 
 def test_adapters_start_as_the_seed_says(tiny_models: dict[str, Path]) -> None:

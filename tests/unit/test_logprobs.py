@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from uniopd_mm.errors import AlignmentError
 from uniopd_mm.models import logprobs
@@ -181,13 +186,26 @@ def test_a_replaced_forward_is_obeyed(chunking: int) -> None:
     torch.testing.assert_close(token_logprobs(hidden, head, target), plain(hidden, head, target))
 
 
-def test_a_weight_that_is_whole_only_inside_the_module_is_read_only_there(chunking: int) -> None:
-    """As ZeRO-3 does it: the parameter is empty, and hooks fill it for the time of the call."""
-    hidden, head, target, grad = problem(bias=False)
-    wanted = plain(hidden, head, target)
+class Quantized(nn.Parameter):
+    """A weight whose numbers mean something else."""
+
+
+def test_only_a_plain_whole_linear_layer_is_computed_by_hand() -> None:
+    _, head, _, _ = problem()
+    assert logprobs._is_plain_linear(head)
+    partitioned, quantized = copy.deepcopy(head), copy.deepcopy(head)
+    partitioned.bias.ds_id = 0  # type: ignore[attr-defined]
+    quantized.weight = Quantized(head.weight)
+    others = (partitioned, quantized, Wrapped(copy.deepcopy(head)), Reported(H, V), nn.LazyLinear(V))
+    assert not any(logprobs._is_plain_linear(other) for other in others)
+
+
+# ---------------------------------------------------------------------- weights partitioned over ranks
+
+
+def partition(head: nn.Linear) -> None:
+    """As ZeRO-3 does it: the weight is empty, and hooks fill it for the time of a call."""
     weight = head.weight.data
-    head.requires_grad_(False)
-    head.weight.ds_id = 0  # type: ignore[attr-defined]
 
     def gather(module: nn.Module, inputs: object) -> None:
         head.weight.data = weight
@@ -195,11 +213,51 @@ def test_a_weight_that_is_whole_only_inside_the_module_is_read_only_there(chunki
     def release(module: nn.Module, inputs: object, output: object) -> None:
         head.weight.data = torch.empty(0)
 
+    head.weight.ds_id = 0  # type: ignore[attr-defined]
     head.register_forward_pre_hook(gather)
     head.register_forward_hook(release)
     head.weight.data = torch.empty(0)
+
+
+def test_a_partitioned_weight_is_read_only_inside_the_module(chunking: int) -> None:
+    hidden, head, target, _ = problem(bias=False)
+    wanted = plain(hidden, head, target)
+    partition(head)
     with torch.no_grad():
         torch.testing.assert_close(token_logprobs(hidden, head, target), wanted)
+
+
+@pytest.mark.parametrize("n", [0, 2, M])
+def test_all_ranks_call_a_partitioned_head_as_often_as_the_one_with_most_positions(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 5  # chunks, on some other rank
+    hidden, head, target, grad = problem(Reported)
+    hidden, target, grad = hidden[:n], target[:n], grad[:n]
+    wanted = scored(plain, hidden, head, target, grad)
+    head.weight.ds_id = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 4 * V)
+    monkeypatch.setattr(logprobs.dist, "is_initialized", lambda: True)
+    reduced = {dist.ReduceOp.MAX: lambda count: count.clamp_(min=most)}
+    monkeypatch.setattr(logprobs.dist, "all_reduce", lambda count, op: reduced[op](count))
+    assert isinstance(head, Reported)
+    head.rows.clear()
+    assert_same(scored(token_logprobs, hidden, head, target, grad), wanted)
+    assert len(head.rows) == 2 * most  # forward, and again for the backward pass
+
+
+def test_no_rank_waits_for_another_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither with a head that is whole, nor where no gradient is taken; a collective would fail here."""
+    hidden, head, target, _ = problem()
+    wanted = plain(hidden, head, target)
+    monkeypatch.setattr(logprobs.dist, "is_initialized", lambda: True)
+    torch.testing.assert_close(token_logprobs(hidden, head, target), wanted)
+    head.weight.ds_id = 0  # type: ignore[attr-defined]
+    with torch.no_grad():
+        torch.testing.assert_close(token_logprobs(hidden, head, target), wanted)
+
+
+# ---------------------------------------------------------------------- as part of a graph
 
 
 def test_a_second_backward_pass_gives_the_same_gradient_again(chunking: int) -> None:
@@ -323,34 +381,94 @@ def test_the_gradient_of_a_bf16_weight_is_summed_in_fp32(monkeypatch: pytest.Mon
 # ---------------------------------------------------------------------- bounded
 
 
-def largest_allocation(work: Callable[[], object]) -> int:
-    """Bytes of the largest buffer that one operator of ``work`` makes."""
+def profiled(work: Callable[[], object]) -> list[Any]:
+    """The operators ``work`` runs, in order, with the bytes each one leaves allocated."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as seen:
         work()
-    return max(event.self_cpu_memory_usage for event in seen.events())
+    return sorted(seen.events(), key=lambda event: event.time_range.start)
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, Reported])
+def n_matrix_products(work: Callable[[], object]) -> int:
+    return sum(event.name in ("aten::mm", "aten::addmm", "aten::addmm_") for event in profiled(work))
+
+
+class HeldTensors(TorchFunctionMode):
+    """Most bytes in tensors that Python code made and still holds, seen after each of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[Tensor]] = []
+        self.peak = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, tuple) else (result,)
+        self.made += [weakref.ref(each) for each in outputs if isinstance(each, Tensor)]
+        alive = [tensor for ref in self.made if (tensor := ref()) is not None]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
+        self.peak = max(self.peak, sum(storages.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_nothing_larger_than_a_chunk_is_ever_allocated(
-    kind: type[nn.Linear], frozen: bool, monkeypatch: pytest.MonkeyPatch
+def test_the_short_way_holds_one_chunk_of_logits(
+    frozen: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    n, n_vocabulary, width, chunk = 256, 500, 4, 16
-    head = kind(width, n_vocabulary, bias=False).requires_grad_(not frozen)
+    n, n_vocabulary, width, chunk = 256, 2000, 2, 16
+    head = nn.Linear(width, n_vocabulary, bias=False, dtype=dtype).requires_grad_(not frozen)
+    hidden, target = torch.randn(n, width, dtype=dtype), torch.randint(0, n_vocabulary, (n,))
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk * n_vocabulary)
+    with HeldTensors() as held:
+        values = token_logprobs(hidden.requires_grad_(True), head, target, 0.7)
+        if not frozen:  # called by hand: a mode sees nothing of what the autograd engine calls
+            with torch.no_grad():
+                logprobs._head_gradients(values.grad_fn, torch.ones(n, 1))
+    n_bytes = 4 if dtype == torch.float32 else 4 + 2  # the logits, and what goes into the matrix products
+    assert chunk * n_vocabulary * 4 <= held.peak <= 1.3 * chunk * n_vocabulary * n_bytes
+    events = profiled(lambda: token_logprobs(hidden, head, target, 0.7).sum().backward())
+    assert max(event.self_cpu_memory_usage for event in events) <= chunk * n_vocabulary * 4
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_head_that_is_run_as_a_module_holds_a_few_chunks(
+    frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, n_vocabulary, width, chunk = 256, 2000, 2, 16
+    head = Reported(width, n_vocabulary, bias=False).requires_grad_(not frozen)
     hidden, target = torch.randn(n, width, requires_grad=True), torch.randint(0, n_vocabulary, (n,))
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk * n_vocabulary)
-
-    def score_all() -> None:
-        token_statistics(hidden, head, target, 0.7, entropy=True).logprob_M.sum().backward()
-
-    assert largest_allocation(lambda: plain(hidden, head, target).sum().backward()) >= 4 * n * n_vocabulary
-    if isinstance(head, Reported):
+    peaks = []
+    for score in (plain, token_logprobs):
         head.rows.clear()
-    assert largest_allocation(score_all) <= 4 * chunk * n_vocabulary
-    if isinstance(head, Reported):
-        assert max(head.rows) <= chunk
+        events = profiled(lambda s=score: s(hidden, head, target, 0.7).sum().backward())
+        peaks.append(max(itertools.accumulate(event.self_cpu_memory_usage for event in events)))
+    assert peaks[0] >= 4 * n * n_vocabulary
+    assert peaks[1] <= 3.5 * 4 * chunk * n_vocabulary
+    assert max(head.rows) <= chunk
+
+
+@pytest.mark.parametrize(("n_chunks", "wanted"), [(1, (1, 2, 3)), (M, (1, 2, 4))])
+def test_only_the_products_that_are_needed_are_taken(
+    n_chunks: int, wanted: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits; towards the hidden states; for a head that trains its own, with the logits again if not kept."""
+    hidden, head, target, grad = problem(bias=False)
+    hidden.requires_grad_(True)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", M * V // n_chunks)
+
+    def score() -> Tensor:
+        return token_logprobs(hidden, head, target)
+
+    with torch.no_grad():
+        counts = [n_matrix_products(score)]
+    head.requires_grad_(False)
+    counts.append(n_matrix_products(lambda: score().backward(grad)))
+    head.requires_grad_(True)
+    counts.append(n_matrix_products(lambda: score().backward(grad)))
+    assert counts == [n_chunks * each for each in wanted]
 
 
 def test_without_gradient_nothing_is_remembered(chunking: int) -> None:
@@ -377,6 +495,8 @@ def test_entropy_and_most_likely_tokens_are_those_of_the_tempered_distribution(
     torch.testing.assert_close(statistics.top_logprobs_MK, top.values.detach())
     assert statistics.top_ids_MK is not None and torch.equal(statistics.top_ids_MK, top.indices)
     assert statistics.logprob_M.requires_grad
+    assert statistics.entropy_M is not None and not statistics.entropy_M.requires_grad
+    assert statistics.top_logprobs_MK is not None and not statistics.top_logprobs_MK.requires_grad
     statistics.logprob_M.backward(grad)
     assert hidden.grad is not None
     wanted = scored(plain, hidden.detach(), head, target, grad, 0.7)[1]["hidden"]

@@ -47,7 +47,7 @@ def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
     """[R] the first token whose cumulative weight exceeds ``uniform`` of the total: never one of weight 0."""
     n_rows, n_vocabulary = weight_RV.shape
     blocks_RNB = pad(weight_RV, (0, -n_vocabulary % BLOCK)).view(n_rows, -1, BLOCK)
-    cdf_RN = blocks_RNB.sum(-1, dtype=torch.float64).cumsum(-1)
+    cdf_RN = blocks_RNB.sum(-1).double().cumsum(-1)
     goal_R1 = uniform_R[:, None].to(cdf_RN) * cdf_RN[:, -1:]
     block_R1 = _first_above(cdf_RN, goal_R1)
     row_R = torch.arange(n_rows, device=weight_RV.device)

@@ -175,6 +175,9 @@ class DecodePass:
     written in place.  Without gradient."""
 
     def __init__(self, prefix: Prefix, row_R: Tensor) -> None:
+        # Rows of a head one behind the other: the products of every step would lay them out anew otherwise.
+        prefix.keys = {i: k.contiguous() for i, k in prefix.keys.items()}
+        prefix.values = {i: v.contiguous() for i, v in prefix.values.items()}
         self.prefix, self.row_R = prefix, row_R
         self.n_fed = 0
         self.keys: dict[int, Tensor] = {}

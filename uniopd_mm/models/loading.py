@@ -29,19 +29,19 @@ def load_processor(settings: ModelConfig) -> VLMProcessor:
     )
 
 
-def load_model(settings: ModelConfig, device: torch.device, shared_prefix: bool = True) -> MultimodalLM:
+def load_model(settings: ModelConfig, device: torch.device) -> MultimodalLM:
     """Weights and processor of one model, in evaluation mode, without gradient."""
-    processor = load_processor(settings)
-    model = load_weights(settings).to(device).eval().requires_grad_(False)
-    return MultimodalLM(model, processor, shared_prefix=shared_prefix)
+    return _wrap(load_weights(settings).to(device).eval().requires_grad_(False), settings)
 
 
 def load_student(settings: StudentConfig, seed: int = 0) -> MultimodalLM:
     """The student with its frozen stages and adapters (random by ``seed``) set up; weights stay where
     ``from_pretrained`` puts them (DeepSpeed moves, or under ZeRO-3 has already partitioned, them)."""
-    return MultimodalLM(
-        build_student(settings, seed), load_processor(settings), shared_prefix=settings.shared_prefix
-    )
+    return _wrap(build_student(settings, seed), settings)
+
+
+def _wrap(model: PreTrainedModel, settings: ModelConfig) -> MultimodalLM:
+    return MultimodalLM(model, load_processor(settings), settings.shared_prefix, settings.vision_cache_mib)
 
 
 def build_student(settings: StudentConfig, seed: int = 0) -> PreTrainedModel:
@@ -51,7 +51,7 @@ def build_student(settings: StudentConfig, seed: int = 0) -> PreTrainedModel:
     model_type = model.config.model_type
     freeze_stages(model, model_type, settings.freeze)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         _assert_no_dropout(model)
     if settings.lora is not None:
         torch.manual_seed(seed)  # here, because loading may or may not have drawn random numbers

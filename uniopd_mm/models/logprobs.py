@@ -207,7 +207,7 @@ class _LinearStatistics(torch.autograd.Function):
             statistics, exps, total = _reduce_(logits, ids, entropy, top_k)
             pieces.append(statistics)
             if to_hidden or (to_head and n_chunks == 1):
-                residual = _residual_(exps, total, ids, statistics.logprob_M, weight_VH.dtype)
+                residual = _residual_(exps, total, ids, weight_VH.dtype)
                 if to_hidden:
                     slopes.append(residual @ weight_VH)
                 kept_MV = residual if to_head and n_chunks == 1 else None
@@ -236,12 +236,11 @@ def _linear_logits(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, 
     return logits_MV if temperature == 1.0 else logits_MV.div_(temperature)
 
 
-def _residual_(
-    exps_MV: Tensor, total_M1: Tensor, target_M: Tensor, logprob_M: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _residual_(exps_MV: Tensor, total_M1: Tensor, target_M: Tensor, dtype: torch.dtype) -> Tensor:
     """softmax - one_hot(target) [M, V] in the place of the exponentials, then in ``dtype``."""
-    # expm1: for a token that is almost certain, p - 1 of a rounded p would be rounding noise.
-    return exps_MV.div_(total_M1).scatter_(1, target_M[:, None], logprob_M.expm1()[:, None]).to(dtype)
+    minus_one_M1 = torch.full_like(total_M1, -1.0)
+    # Subtracted before the cast: in bf16 nothing would be left of 1 - p of a token that is almost certain.
+    return exps_MV.div_(total_M1).scatter_add_(1, target_M[:, None], minus_one_M1).to(dtype)
 
 
 def _head_gradients(ctx: Any, scale_M1: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -252,11 +251,11 @@ def _head_gradients(ctx: Any, scale_M1: Tensor) -> tuple[Tensor | None, Tensor |
     d_bias = torch.zeros_like(bias_V, dtype=dtype) if ctx.needs_input_grad[2] else None
     chunks = zip(*(t.tensor_split(ctx.n_chunks) for t in (hidden_MH, target_M, scale_M1)), strict=True)
     for rows, ids, scale in chunks:
-        residual = kept_MV
+        residual = kept_MV  # also lets go of the last chunk's
         if residual is None:
             logits = _linear_logits(rows, weight_VH, bias_V, ctx.temperature)
-            statistics, exps, total = _reduce_(logits, ids, entropy=False, top_k=0)
-            residual = _residual_(exps, total, ids, statistics.logprob_M, weight_VH.dtype)
+            _, exps, total = _reduce_(logits, ids, entropy=False, top_k=0)
+            residual = _residual_(exps, total, ids, weight_VH.dtype)
             del logits, exps
         if d_weight is not None:
             # The rows are scaled, not the residual: a kept one stays as it is for another backward pass.
@@ -267,7 +266,6 @@ def _head_gradients(ctx: Any, scale_M1: Tensor) -> tuple[Tensor | None, Tensor |
                 d_weight += residual.t() @ scaled
         if d_bias is not None:
             d_bias += residual.t() @ scale[:, 0].to(residual.dtype)
-        del residual  # before the next chunk is made
     return (
         None if d_weight is None else d_weight.to(weight_VH.dtype),
         None if d_bias is None else d_bias.to(weight_VH.dtype),

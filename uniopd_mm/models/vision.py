@@ -20,7 +20,7 @@ from uniopd_mm.models.stages import stage_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from transformers.utils import ModelOutput
 
 Features = tuple[Tensor, ...]
 """Output of a vision tower for the images of one prompt, before the projector."""
@@ -32,8 +32,9 @@ class Tower:
 
     run: Callable[[Any, dict[str, Tensor]], Features]
     """(base model, the vision inputs of a prompt) -> features."""
-    project: Callable[[Any, Features, dict[str, Tensor]], BaseModelOutputWithPooling]
-    """(base model, features, the same inputs) -> what ``get_image_features`` returns."""
+    project: Callable[[Any, list[Features], list[dict[str, Tensor]]], ModelOutput]
+    """(base model, features and vision inputs of several prompts) -> what ``get_image_features`` returns for all their
+    images.  One call of the projector for all: ranks must call it equally often."""
 
 
 def _run_llava(base: Any, inputs: dict[str, Tensor]) -> Features:
@@ -46,10 +47,12 @@ def _run_llava(base: Any, inputs: dict[str, Tensor]) -> Features:
     return (torch.cat(kept, dim=-1),)
 
 
-def _project_llava(base: Any, features: Features, inputs: dict[str, Tensor]) -> Any:
+def _project_llava(base: Any, features: list[Features], inputs: list[dict[str, Tensor]]) -> ModelOutput:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    return BaseModelOutputWithPooling(pooler_output=list(base.multi_modal_projector(features[0])))
+    images = [image for (states,) in features for image in states]
+    projected = base.multi_modal_projector(torch.cat(images))
+    return BaseModelOutputWithPooling(pooler_output=list(projected.split([len(image) for image in images])))
 
 
 def _run_qwen(base: Any, inputs: dict[str, Tensor]) -> Features:
@@ -66,107 +69,56 @@ def _run_qwen3(base: Any, inputs: dict[str, Tensor]) -> Features:
     return (output.last_hidden_state, *deep)
 
 
-def _project_qwen(base: Any, features: Features, inputs: dict[str, Tensor]) -> Any:
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    merged = base.visual.merger(features[0])
-    return BaseModelOutputWithPooling(pooler_output=_per_image(base, merged, inputs))
-
-
-def _project_qwen2_5(base: Any, features: Features, inputs: dict[str, Tensor]) -> Any:
-    """The tower works on windows of patches and leaves them in that order."""
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
+def _project_qwen(base: Any, features: list[Features], inputs: list[dict[str, Tensor]]) -> ModelOutput:
+    """Qwen3-VL merges the layers it feeds into the language model by mergers of their own."""
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
     from transformers.vision_utils import get_vision_window_index
 
     visual = base.visual
-    order, _ = get_vision_window_index(
-        inputs["image_grid_thw"], visual.spatial_merge_size, visual.window_size, visual.patch_size
-    )
-    merged = visual.merger(features[0])[torch.argsort(order).to(features[0].device)]
-    return BaseModelOutputWithPooling(pooler_output=_per_image(base, merged, inputs))
-
-
-def _project_qwen3(base: Any, features: Features, inputs: dict[str, Tensor]) -> Any:
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-
-    last, *deep = features
-    visual = base.visual
+    grid = torch.cat([prompt["image_grid_thw"] for prompt in inputs])
+    sizes = (grid.prod(-1) // visual.spatial_merge_size**2).tolist()
+    last, *deep = (torch.cat(layer) for layer in zip(*features, strict=True))
+    merged = visual.merger(last)
+    if hasattr(
+        visual, "fullatt_block_indexes"
+    ):  # Qwen2.5-VL works on windows of patches and leaves that order
+        order, _ = get_vision_window_index(
+            grid, visual.spatial_merge_size, visual.window_size, visual.patch_size
+        )
+        merged = merged[torch.argsort(order).to(merged.device)]
+    mergers = getattr(visual, "deepstack_merger_list", ())
     return BaseModelOutputWithDeepstackFeatures(
-        pooler_output=_per_image(base, visual.merger(last), inputs),
-        deepstack_features=[
-            _per_image(base, merger(states), inputs)
-            for merger, states in zip(visual.deepstack_merger_list, deep, strict=True)
-        ],
+        pooler_output=list(merged.split(sizes)),
+        deepstack_features=[list(m(x).split(sizes)) for m, x in zip(mergers, deep, strict=True)] or None,
     )
-
-
-def _per_image(base: Any, merged: Tensor, inputs: dict[str, Tensor]) -> list[Tensor]:
-    n_tokens = inputs["image_grid_thw"].prod(-1) // base.visual.spatial_merge_size**2
-    return list(merged.split(n_tokens.tolist()))
 
 
 TOWERS = {
     "llava": Tower(_run_llava, _project_llava),
     "qwen2_vl": Tower(_run_qwen, _project_qwen),
-    "qwen2_5_vl": Tower(_run_qwen, _project_qwen2_5),
-    "qwen3_vl": Tower(_run_qwen3, _project_qwen3),
+    "qwen2_5_vl": Tower(_run_qwen, _project_qwen),
+    "qwen3_vl": Tower(_run_qwen3, _project_qwen),
 }
 """``config.model_type`` -> its tower and projector, for models whose projector is trained on a frozen tower."""
 
 
-class ImageEncoder:
-    """The images of prompts as ``mm_encoder_outputs``, with a bounded memory of what frozen parts gave."""
+class FeatureCache:
+    """What frozen parts gave for the images of a prompt, by content; shrunk only when told to."""
 
-    def __init__(self, model: PreTrainedModel, max_bytes: int) -> None:
-        self.base, self.model_type, self.max_bytes = model.base_model, model.config.model_type, max_bytes
-        self.input_names = frozenset(inspect.signature(self.base.get_image_features).parameters)
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.n_bytes = max_bytes, 0
         self.kept: OrderedDict[bytes, Any] = OrderedDict()
-        self.n_bytes = 0
-        self._parameters: dict[str, list[nn.Parameter]] = {"vision": [], "projector": [], "language": []}
-        for name, parameter in model.named_parameters():
-            self._parameters[stage_of(self.model_type, name)].append(parameter)
 
-    @property
-    def keeps(self) -> Literal["features", "tower", "nothing"]:
-        """What is the same whenever an image comes by again."""
-        if any(p.requires_grad for p in self._parameters["vision"]):
-            return "nothing"
-        if not any(p.requires_grad for p in self._parameters["projector"]):
-            return "features"
-        return "tower" if self.model_type in TOWERS else "nothing"
-
-    def take_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Move what the image encoder reads out of the inputs of a model; {} without images."""
-        return {name: inputs.pop(name) for name in list(inputs) if name in self.input_names}
-
-    def encode(self, prompts: list[dict[str, Tensor]]) -> Any:
-        """Encoder output of several prompts' images, in order, with gradient where something is trained; each dict
-        holds the vision inputs of one prompt."""
-        if self.keeps == "nothing":
-            return _join([self.base.get_image_features(**inputs, return_dict=True) for inputs in prompts])
-        kept = [self.remember(inputs) for inputs in prompts]
-        if self.keeps == "tower":
-            project = TOWERS[self.model_type].project
-            kept = [project(self.base, f, inputs) for f, inputs in zip(kept, prompts, strict=True)]
-        return _join(kept)
-
-    def knows(self, inputs: dict[str, Tensor]) -> bool:
-        return _digest(inputs) in self.kept
-
-    def remember(self, inputs: dict[str, Tensor]) -> Any:
-        """What the frozen part gives for one prompt's images, computed when it is not known yet."""
+    def get(self, inputs: dict[str, Tensor], compute: Callable[[], Any]) -> Any:
         key = _digest(inputs)
-        if key in self.kept:
-            self.kept.move_to_end(key)
-            return self.kept[key]
-        with torch.no_grad():
-            if self.keeps == "features":
-                found = _only_used(self.base.get_image_features(**inputs, return_dict=True))
-            else:
-                found = TOWERS[self.model_type].run(self.base, inputs)
-        self.kept[key] = found
-        self.n_bytes += _n_bytes(found)
-        return found
+        if key not in self.kept:
+            self.kept[key] = compute()
+            self.n_bytes += _n_bytes(self.kept[key])
+        self.kept.move_to_end(key)
+        return self.kept[key]
+
+    def __contains__(self, inputs: dict[str, Tensor]) -> bool:
+        return _digest(inputs) in self.kept
 
     def trim(self) -> None:
         """Forget the images not used for longest, down to the memory allowed.  Never inside a step: what sampling
@@ -174,6 +126,51 @@ class ImageEncoder:
         while self.n_bytes > self.max_bytes:
             _, forgotten = self.kept.popitem(last=False)
             self.n_bytes -= _n_bytes(forgotten)
+
+
+class ImageEncoder:
+    """The images of prompts as ``mm_encoder_outputs``, with a bounded memory of what frozen parts gave."""
+
+    def __init__(self, model: PreTrainedModel, max_bytes: int) -> None:
+        self.base, self.model_type = model.base_model, model.config.model_type
+        self.cache = FeatureCache(max_bytes)
+        self.input_names = frozenset(inspect.signature(self.base.get_image_features).parameters)
+        self.parameters: dict[str, list[nn.Parameter]] = {"vision": [], "projector": [], "language": []}
+        for name, parameter in model.named_parameters():
+            self.parameters[stage_of(self.model_type, name)].append(parameter)
+
+    @property
+    def keeps(self) -> Literal["features", "tower", "nothing"]:
+        """What is the same whenever an image comes by again."""
+        if any(p.requires_grad for p in self.parameters["vision"]):
+            return "nothing"
+        if not any(p.requires_grad for p in self.parameters["projector"]):
+            return "features"
+        return "tower" if self.model_type in TOWERS else "nothing"
+
+    def take_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move what the image encoder reads out of the inputs of a model; {} without images."""
+        return {name: inputs.pop(name) for name in list(inputs) if name in self.input_names}
+
+    def encode(self, prompts: list[dict[str, Tensor]]) -> ModelOutput:
+        """Encoder output of several prompts' images, in order, with gradient where something is trained; each dict
+        holds the vision inputs of one prompt (of all of them where nothing can be kept)."""
+        if self.keeps == "nothing":
+            return _join([self.base.get_image_features(**inputs, return_dict=True) for inputs in prompts])
+        kept = [self.remember(inputs) for inputs in prompts]
+        if self.keeps == "tower":
+            return TOWERS[self.model_type].project(self.base, kept, prompts)
+        return _join(kept)
+
+    def remember(self, inputs: dict[str, Tensor]) -> Any:
+        """What the frozen part gives for one prompt's images, computed when it is not known yet."""
+        return self.cache.get(inputs, lambda: self._run_frozen(inputs))
+
+    @torch.no_grad()
+    def _run_frozen(self, inputs: dict[str, Tensor]) -> Any:
+        if self.keeps == "features":
+            return _only_used(self.base.get_image_features(**inputs, return_dict=True))
+        return TOWERS[self.model_type].run(self.base, inputs)
 
 
 def _digest(inputs: dict[str, Tensor]) -> bytes:
@@ -198,7 +195,7 @@ def _join(outputs: list[Any]) -> Any:
     joined = _only_used(outputs[0])
     for output in outputs[1:]:
         joined.pooler_output.extend(output.pooler_output)
-        if hasattr(joined, "deepstack_features"):
+        if getattr(joined, "deepstack_features", None):
             for layer, more in zip(joined.deepstack_features, output.deepstack_features, strict=True):
                 layer.extend(more)
     return joined

@@ -9,12 +9,13 @@ B prompts, R rollouts, P prompt tokens (left-padded), T response tokens (right-p
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from uniopd_mm.models.attention import (
     Prefix,
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VISION_CACHE_BYTES = 2**30
-"""Features of frozen vision towers that are kept from step to step."""
-
 
 class MultimodalLM(nn.Module):
     """A stock transformers model (multimodal or text-only, peft-wrapped or not) with its processor."""
@@ -46,7 +44,7 @@ class MultimodalLM(nn.Module):
         model: PreTrainedModel,
         processor: VLMProcessor,
         shared_prefix: bool = True,
-        vision_cache_bytes: int = VISION_CACHE_BYTES,
+        vision_cache_mib: int = 1024,
     ) -> None:
         super().__init__()
         self.model = model
@@ -58,7 +56,15 @@ class MultimodalLM(nn.Module):
         if self.shared_prefix:
             use_shared_prefix(self.transformer)
         sees_images = hasattr(self.transformer.base_model, "get_image_features")
-        self.images = ImageEncoder(self.transformer, vision_cache_bytes) if sees_images else None
+        self.images = ImageEncoder(self.transformer, vision_cache_mib << 20) if sees_images else None
+
+    def sharing_copy(self) -> MultimodalLM:
+        """Other modules around the same weights, processor and image features: what hangs hooks on the one, as ZeRO-3
+        does, leaves the other alone."""
+        shared = [self.processor, *self.parameters(), *self.buffers()]
+        if self.images is not None:
+            shared.append(self.images.cache)
+        return copy.deepcopy(self, {id(part): part for part in shared})
 
     # ------------------------------------------------------------------ the parts
 
@@ -123,13 +129,13 @@ class MultimodalLM(nn.Module):
         if self.images is None or self.images.keeps == "nothing":
             return True
         return all(
-            self.images.knows(self.images.take_inputs(self.collate([p]))) for p in encoded if p.image_spans
+            self.images.take_inputs(self.collate([p])) in self.images.cache for p in encoded if p.image_spans
         )
 
     def trim_images(self) -> None:
         """Bring the features kept from earlier steps down to the memory allowed."""
         if self.images is not None:
-            self.images.trim()
+            self.images.cache.trim()
 
     def _with_images(self, inputs: dict[str, Tensor], encoded: list[EncodedPrompt]) -> dict[str, object]:
         """Model inputs with the pixels replaced by what the image encoder made of them."""
@@ -192,7 +198,8 @@ class MultimodalLM(nn.Module):
             fed = slice(0, max(1, n_tokens - 1))
             arguments = prefix, row_R[chunk], response_RT[chunk, fed], mask_RT[chunk, fed]
             if torch.is_grad_enabled() and chunk is not chunks[-1] and not recomputes:
-                states = checkpoint(self._continue, *arguments, use_reentrant=False)
+                with set_checkpoint_early_stop(False):  # ZeRO-3 must see every layer's end
+                    states = checkpoint(self._continue, *arguments, use_reentrant=False)
             else:
                 states = self._continue(*arguments)
             keep = mask_RT[chunk, :n_tokens]

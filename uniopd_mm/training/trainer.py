@@ -31,7 +31,10 @@ from uniopd_mm.rollout import Group, Prompt, Rollout, fill
 
 
 class Trainer:
-    """Owns the student's weights, optimizer and DeepSpeed engine."""
+    """Owns the student's weights, optimizer and DeepSpeed engine.
+
+    ``trained`` is what the engine updates; ``student`` has the same weights and is for everything else.
+    """
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         import deepspeed
@@ -39,15 +42,18 @@ class Trainer:
         self.config, self.world = config, world
         self.accumulation = accumulation_steps(config, world.size)
         self._zero3 = self._hold_zero3_config()
-        self.student: MultimodalLM = load_student(config.student, config.seed)
-        groups = optimizer_groups(self.student, config.optim)
+        self.trained: MultimodalLM = load_student(config.student, config.seed)
+        # ZeRO-3 fetches and frees weights in hooks on the modules it trains, also while all are gathered.
+        self.student = self.trained.sharing_copy() if config.distributed.zero_stage == 3 else self.trained
+        groups = optimizer_groups(self.trained, config.optim)
         self.base_lrs = [g["lr"] for g in groups]
         self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=self.student,
+            model=self.trained,
             optimizer=self._optimizer(groups),
             config=deepspeed_config(config, self.accumulation),
             dist_init_required=False,
         )
+        share_buffers(self.trained, self.student)
         self.updates = 0
         self.dummy = dummy_group(self.student)
 
@@ -73,7 +79,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Inside, every rank holds all weights, so that ranks may run different numbers of forward passes."""
+        """Inside, every rank holds all weights, and ``student`` may run a different number of times on each."""
         if self.config.distributed.zero_stage != 3:
             yield
             return
@@ -118,15 +124,13 @@ class Trainer:
     def update(self, groups: list[Group], correct_mismatch: bool) -> dict[str, float]:
         """One optimizer step on this rank's groups; returns means over all ranks."""
         settings = self.config.loss
-        micro = self.config.distributed.micro_groups
-        parts = [groups[i * micro : (i + 1) * micro] for i in range(self.accumulation)]
-        batches = [self._batch(part) for part in parts]
+        batches = self._batches(groups)
         self._remember_images(batches)
         # Rollouts that are masked or balanced out get no forward pass, but stay in the denominators.
         n_rollouts, n_tokens = loss_denominators(*scored_and_kept(groups), settings).tolist()
         total = self.world.sum({"rollouts": n_rollouts, "tokens": n_tokens})
         sums: dict[str, float] = {"loss": 0.0}
-        self.student.train(self.config.student.gradient_checkpointing)  # what makes transformers recompute
+        self.trained.train(self.config.student.gradient_checkpointing)  # what makes transformers recompute
         for batch in batches:
             new_lp = self.engine(
                 batch.encoded,
@@ -157,7 +161,7 @@ class Trainer:
             for key, (value, count) in ((k, v.tolist()) for k, v in stats.items()):
                 sums[key] = sums.get(key, 0.0) + value
                 sums[f"#{key}"] = sums.get(f"#{key}", 0.0) + count
-        self.student.eval()
+        self.trained.eval()
         self.updates += 1
         sums = self.world.sum(sums)
         means = {k: v / (sums[f"#{k}"] or 1.0) for k, v in sums.items() if f"#{k}" in sums}
@@ -179,28 +183,38 @@ class Trainer:
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)), self.config.optim.lr * factor
 
-    def _batch(self, groups: list[Group]) -> Batch:
-        """One micro-batch: the rollouts worth a forward pass, and what keeps the ranks in step.
+    def _batches(self, groups: list[Group]) -> list[Batch]:
+        """This rank's micro-batches: the rollouts worth a forward pass, and what keeps the ranks in step.
 
         Every rank must touch the same weights equally often in every micro-batch, or one waits for another for ever:
-        a group without loss stands in where no image (no rollout) is left, and under ZeRO-3 all ranks run as many
-        chunks.
+        a group without loss stands in where no image (no rollout) is left, and under ZeRO-3 all micro-batches of all
+        ranks run in as many chunks.
         """
+        micro, max_tokens = self.config.distributed.micro_groups, self.config.distributed.micro_tokens
+        parts = [self._fill_up(groups[i * micro : (i + 1) * micro]) for i in range(self.accumulation)]
+        n_chunks = 1
+        if self.config.distributed.zero_stage == 3:
+            n_chunks = max(
+                self.world.gather(len(plan_chunks(response_lengths(p), max_tokens)) for p in parts)
+            )
+        return [self._batch(part, n_chunks) for part in parts]
+
+    def _fill_up(self, groups: list[Group]) -> list[Group]:
         trained = [replace(g, rollouts=tuple(filter(is_trained, g.rollouts))) for g in groups]
         used = [g for g in trained if g.rollouts]
         has_image = any(g.encoded.image_spans for g in used)
         if not used or (not has_image and self.student.processor.sees_images):
             used.append(self.dummy)
+        return used
+
+    def _batch(self, groups: list[Group], n_chunks: int) -> Batch:
+        missing = max(0, n_chunks - len(response_lengths(groups)))
+        groups[-1] = replace(groups[-1], rollouts=groups[-1].rollouts + self.dummy.rollouts * missing)
         max_tokens = self.config.distributed.micro_tokens
-        n_chunks = len(plan_chunks(response_lengths(used), max_tokens))
-        if self.config.distributed.zero_stage == 3:
-            n_chunks = max(self.world.gather([n_chunks]))
-            missing = n_chunks - len(response_lengths(used))
-            used[-1] = replace(used[-1], rollouts=used[-1].rollouts + self.dummy.rollouts * max(0, missing))
         chunks = plan_chunks(
-            response_lengths(used), max_tokens, at_least=n_chunks, device=self.student.device
+            response_lengths(groups), max_tokens, at_least=n_chunks, device=self.student.device
         )
-        return Batch.of(used, self.student, chunks)
+        return Batch.of(groups, self.student, chunks)
 
     def _remember_images(self, batches: list[Batch]) -> None:
         """Run a frozen vision tower before the update where sampling has not: under ZeRO-3 only all ranks together
@@ -330,12 +344,20 @@ def lr_factor(step: int, optim: OptimConfig, n_steps: int) -> float:
     return 1.0
 
 
+def share_buffers(source: MultimodalLM, copy: MultimodalLM) -> None:
+    """DeepSpeed may have moved the buffers of ``source``; its parameters it changes in place."""
+    for module, other in zip(source.modules(), copy.modules(), strict=True):
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(other, name, buffer)
+
+
 def deepspeed_config(config: TrainConfig, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's own settings; ``distributed.deepspeed`` has the last word."""
     distributed = config.distributed
     zero: dict[str, Any] = {"stage": distributed.zero_stage}
     if distributed.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    return {
+    settings = {
         "train_micro_batch_size_per_gpu": distributed.micro_groups,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.max_grad_norm,
@@ -343,3 +365,13 @@ def deepspeed_config(config: TrainConfig, accumulation: int) -> dict[str, Any]:
         "bf16": {"enabled": config.student.dtype == "bfloat16"},
         "steps_per_print": 10**9,
     }
+    return merge(settings, distributed.deepspeed)
+
+
+def merge(settings: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings with ``extra`` laid over them."""
+    merged = dict(settings)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged

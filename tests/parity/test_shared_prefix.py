@@ -1,0 +1,301 @@
+"""Sharing a prompt among its rollouts changes nothing but the work: the same computation, done once."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from rooms import FAMILIES, load, make_groups, make_prompt, plain_logprobs, sample
+
+from uniopd_mm.config import StudentConfig
+from uniopd_mm.engines import encode_groups
+from uniopd_mm.models import MultimodalLM, load_student, pad_responses, plan_chunks, stage_of
+from uniopd_mm.rollout import Group
+
+MIXES = {**dict.fromkeys(FAMILIES, (1, 0, 2)), "text": (0, 0, 0)}
+LENGTHS = (1, 9, 4)
+"""Of the responses of each group: one token, as long as it may get, truncated."""
+
+
+def responses_of(model: MultimodalLM, n_groups: int) -> list[torch.Tensor]:
+    """Random ordinary tokens, three responses a group."""
+    draw = torch.Generator().manual_seed(1)
+    suppressed = set(model.processor.suppress_token_ids())
+    ordinary = torch.tensor([i for i in range(len(model.processor.tokenizer)) if i not in suppressed])
+    return [
+        ordinary[torch.randint(len(ordinary), (n,), generator=draw)] for _ in range(n_groups) for n in LENGTHS
+    ]
+
+
+def score(
+    model: MultimodalLM, groups: list[Group], responses: list[torch.Tensor], max_tokens: int | None = None
+) -> torch.Tensor:
+    """log p [M] of all response tokens, one response behind the other."""
+    ids, mask = pad_responses(responses, model.processor.pad_token_id)
+    row = torch.arange(len(groups)).repeat_interleave(len(LENGTHS))
+    chunks = None if max_tokens is None else plan_chunks([len(r) for r in responses], max_tokens)
+    return model([g.encoded for g in groups], row, ids, mask, chunks=chunks)[mask]
+
+
+def gradients(
+    model: MultimodalLM, groups: list[Group], responses: list[torch.Tensor], max_tokens: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Of a sum that weighs every token differently."""
+    model.zero_grad()
+    values = score(model, groups, responses, max_tokens)
+    (values * torch.linspace(-1, 1, len(values))).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(ours: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Relative distance of two gradients; weights that only one of them has must have no gradient there."""
+    zero = torch.zeros(())
+    names = ours.keys() | wanted.keys()
+    apart = sum((ours.get(n, zero) - wanted.get(n, zero)).square().sum() for n in names)
+    return float((apart / sum(g.square().sum() for g in wanted.values())).sqrt())
+
+
+def student(folder: Path, shared_prefix: bool, **settings: object) -> MultimodalLM:
+    settings = {"freeze": [], **settings, "shared_prefix": shared_prefix}
+    return load_student(StudentConfig(model=str(folder), dtype="float32", **settings), seed=3)
+
+
+SETTINGS = {
+    "full weights": {},
+    "frozen vision tower": {"freeze": ["vision"]},
+    "frozen vision tower and projector": {"freeze": ["vision", "projector"]},
+    "LoRA": {"lora": {"rank": 2}},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("family", MIXES)
+def test_gradients_are_those_of_full_rows(
+    tiny_models: dict[str, Path], family: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared, plain = (student(tiny_models[family], s, **SETTINGS[name]) for s in (True, False))
+    for model in (shared, plain):
+        model.train(name == "gradient checkpointing")
+        for n, p in model.named_parameters():
+            if "lora_B" in n:  # starts at 0, which would hide the gradient of lora_A
+                torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(n)))
+    groups = make_groups(shared, MIXES[family])
+    responses = responses_of(shared, len(groups))
+    wanted = gradients(plain, groups, responses)
+    for max_tokens in (None, 12):
+        assert distance(gradients(shared, groups, responses, max_tokens), wanted) <= 1e-5
+    if family != "text":
+        reached = {stage_of(shared.model_type, n.removeprefix("model.")) for n in wanted}
+        assert ("vision" in reached) == ("vision" not in SETTINGS[name].get("freeze", ()))
+    assert "past_key_values" not in caplog.text  # transformers says so when it throws a cache away
+
+
+@pytest.mark.parametrize("family", MIXES)
+def test_scores_do_not_depend_on_chunks_groups_or_padding(tiny_models: dict[str, Path], family: str) -> None:
+    model = load(tiny_models[family])
+    groups = make_groups(model, MIXES[family])
+    responses = responses_of(model, len(groups))
+    with torch.no_grad():
+        wanted = torch.cat([plain_logprobs(model, groups[i // 3], r) for i, r in enumerate(responses)])
+        for max_tokens in (None, 1, 10, 10**6):
+            torch.testing.assert_close(score(model, groups, responses, max_tokens), wanted, atol=1e-5, rtol=0)
+        alone = [score(model, [g], responses[3 * i : 3 * i + 3]) for i, g in enumerate(groups)]
+        torch.testing.assert_close(torch.cat(alone), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", MIXES)
+def test_what_stands_in_the_padding_is_never_read(tiny_models: dict[str, Path], family: str) -> None:
+    model = load(tiny_models[family])
+    groups = make_groups(model, MIXES[family])
+    responses = responses_of(model, len(groups))
+    ids, mask = pad_responses(responses, model.processor.pad_token_id)
+    row = torch.arange(len(groups)).repeat_interleave(len(LENGTHS))
+    encoded = [g.encoded for g in groups]
+    with torch.no_grad():
+        poisoned = torch.where(mask, ids, responses[0][0])
+        assert torch.equal(model(encoded, row, ids, mask), model(encoded, row, poisoned, mask))
+
+
+SAMPLINGS = {
+    "plain": {},
+    "truncated": {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.001},
+    "greedy": {"temperature": 0},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("family", MIXES)
+def test_sampling_gives_the_tokens_of_full_rows(tiny_models: dict[str, Path], family: str, name: str) -> None:
+    models = [load(tiny_models[family], shared_prefix=s) for s in (True, False)]
+    for model in models:  # ends often, so that rows, and whole groups, leave the batch
+        head = model.transformer.get_output_embeddings()
+        head.weight.data[model.processor.stop_token_ids()[0]] *= 6
+    groups = make_groups(models[0], MIXES[family])
+    shared, plain = (sample(m, groups, n=5, max_new_tokens=70, **SAMPLINGS[name]) for m in models)
+    lengths = set()
+    for ours, wanted in zip(shared, plain, strict=True):
+        for a, b in zip(ours.rollouts, wanted.rollouts, strict=True):
+            assert a.response_ids.tolist() == b.response_ids.tolist()
+            assert a.finish == b.finish
+            torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs, atol=1e-5, rtol=0)
+            lengths.add(len(a.response_ids))
+    if name != "greedy":
+        assert len(lengths) > 3
+
+
+def count_positions(model: MultimodalLM, seen: list[int]) -> None:
+    """Adds the positions of every pass through the language model to ``seen``."""
+    text = model.transformer.base_model
+    layer = getattr(text, "language_model", text).layers[0]
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0] * args[0].shape[1]))
+
+
+@pytest.mark.parametrize("family", MIXES)
+def test_a_prompt_runs_once_per_pass(tiny_models: dict[str, Path], family: str) -> None:
+    model, seen = load(tiny_models[family]), []
+    (group,) = make_groups(model, MIXES[family][:1])
+    n_prompt = len(group.encoded.input_ids)
+    count_positions(model, seen)
+    (sampled,) = sample(model, [group], n=8, max_new_tokens=5, stop_token_ids=[])
+    assert all(r.finish == "length" for r in sampled.rollouts)
+    assert seen == [n_prompt] + [8] * 4  # the last token of a response is never fed
+    seen.clear()
+    responses = [r.response_ids for r in sampled.rollouts]
+    ids, mask = pad_responses(responses, model.processor.pad_token_id)
+    with torch.no_grad():
+        model([group.encoded], torch.zeros(8, dtype=torch.long), ids, mask)
+    assert seen == [n_prompt, 8 * 4]
+
+
+def count_images(model: MultimodalLM) -> list[int]:
+    """One entry per pass through the vision tower."""
+    base, calls = model.transformer.base_model, []
+    tower = base.vision_tower if hasattr(base, "vision_tower") else base.visual
+    tower.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("freeze", (["vision"], ["vision", "projector"]))
+def test_a_frozen_tower_sees_an_image_once(
+    tiny_models: dict[str, Path], family: str, freeze: list[str]
+) -> None:
+    model = student(tiny_models[family], shared_prefix=True, freeze=freeze)
+    calls = count_images(model)
+    picture, again, other = make_prompt(1, 0), make_prompt(1, 0), make_prompt(2, 5)
+    groups = encode_groups([(i, p, p.images) for i, p in enumerate((picture, other, again))], model.processor)
+    groups = sample(model, groups, n=2)
+    assert len(calls) == 2  # the same picture in another prompt is the same picture
+    responses = responses_of(model, len(groups))
+    gradients(model, groups, responses)
+    assert len(calls) == 2
+    model.images.cache.max_bytes = 0
+    sample(model, groups, n=2)  # a new step: what no longer fits is forgotten ...
+    assert len(calls) == 4
+    gradients(model, groups, responses)  # ... and what the step itself needs is not
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_tower_is_never_taken_from_memory(tiny_models: dict[str, Path], family: str) -> None:
+    model = student(tiny_models[family], shared_prefix=True)
+    (group,) = make_groups(model, (1,))
+    calls = count_images(model)
+    responses = responses_of(model, 1)
+    before = score(model, [group], responses).detach()
+    with torch.no_grad():
+        for p in model.images.parameters["vision"]:
+            p.mul_(1.5)
+    assert not torch.allclose(before, score(model, [group], responses))
+    assert len(calls) == 2 and not model.images.cache.kept
+
+
+def test_images_are_forgotten_oldest_first_within_the_memory_allowed(tiny_models: dict[str, Path]) -> None:
+    model = load(tiny_models["llava"])
+    groups = make_groups(model, (1, 1, 1))
+    for group in groups:
+        sample(model, [group], n=1, max_new_tokens=1)
+    size = model.images.cache.n_bytes // 3
+    sample(model, groups[:1], n=1, max_new_tokens=1)  # the oldest becomes the newest
+    model.images.cache.max_bytes = 2 * size
+    model.trim_images()
+    assert model.images.cache.n_bytes == 2 * size
+    assert [model.knows_images([g.encoded]) for g in groups] == [True, False, True]
+
+
+def build_sliding(folder: Path) -> Path:
+    """A text model whose attention looks back 8 tokens in every other layer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tiny.build_text(folder)
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        use_sliding_window=True,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention"],
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def build_linear(folder: Path) -> Path:
+    """A text model with a linear-attention layer."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    tiny.build_text(folder)
+    config = Qwen3NextConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        num_experts=0,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    torch.manual_seed(0)
+    Qwen3NextForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("build", (build_sliding, build_linear))
+def test_a_model_that_cannot_share_runs_full_rows_and_says_so_once(
+    build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="uniopd_mm"):
+        model = load(build(tmp_path))
+        groups = make_groups(model, (0, 0))
+        sampled = sample(model, groups, n=3, max_new_tokens=12)
+    notices = [r for r in caplog.records if "shared_prefix is off" in r.getMessage()]
+    assert len(notices) == 1 and "_attention layers" in notices[0].getMessage()
+    for group in sampled:
+        for rollout in group.rollouts:
+            with torch.no_grad():
+                wanted = plain_logprobs(model, group, rollout.response_ids)
+            torch.testing.assert_close(rollout.sampler_logprobs, wanted, atol=1e-5, rtol=0)
+    responses = [r.response_ids for g in sampled for r in g.rollouts]
+    with torch.no_grad():
+        scored = score(model, groups, responses)
+    torch.testing.assert_close(
+        scored, torch.cat([r.sampler_logprobs for g in sampled for r in g.rollouts]), atol=1e-5, rtol=0
+    )
+
+
+def test_saved_models_do_not_name_our_attention(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    load(tiny_models["llava"]).transformer.save_pretrained(tmp_path)
+    assert "shared_prefix" not in (tmp_path / "config.json").read_text(encoding="utf-8")
