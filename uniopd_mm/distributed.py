@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -78,6 +79,7 @@ def init_world(timeout_s: float) -> World:
             f"the launcher asked for {expected} processes but {dist.get_world_size()} joined. "
             "Launch with: deepspeed scripts/train_mm.py RECIPE"
         )
+    _unlink_shared_memory()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return World(dist.get_rank(), expected, local_rank, device)
 
@@ -85,6 +87,15 @@ def init_world(timeout_s: float) -> World:
 def close_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _unlink_shared_memory() -> None:
+    """Take the names off the buffers that DeepSpeed shares among the ranks of a machine without a GPU: it never does,
+    and every run would leave 66 MiB of memory per rank behind.  The ranks have them mapped by now."""
+    dist.barrier()
+    pattern = "deepspeed_allreduce_buffer_{}_{MASTER_ADDR}_{MASTER_PORT}_{RANK}"
+    if hasattr(os, "getuid"):
+        Path("/dev/shm", pattern.format(os.getuid(), **os.environ)).unlink(missing_ok=True)
 
 
 def _free_port() -> int:

@@ -220,3 +220,11 @@ def test_evaluation_alone_gives_what_training_reported(recipe: Path) -> None:
     assert "accuracy" in done.stdout
     results = json.loads((out / "results.json").read_text())["results"]["rows"]
     assert results["eval/length"] == metrics(run)[-1]["eval/length"]
+
+
+def test_ranks_leave_no_shared_memory_behind(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    """DeepSpeed keeps its buffers for ranks without a GPU in /dev/shm."""
+    before = set(Path("/dev/shm").glob("deepspeed_*"))
+    recipe = write_recipe(tmp_path, tiny_models, "llava", steps=1, eval={"every": 0})
+    train(recipe, ranks=2)
+    assert set(Path("/dev/shm").glob("deepspeed_*")) <= before

@@ -91,9 +91,14 @@ def assert_same(ours: Scored, wanted: Scored, rtol: float = 1e-5, atol: float = 
         )
 
 
+def set_chunk_logits(patch: pytest.MonkeyPatch, n_logits: int) -> None:
+    patch.setattr(logprobs, "CHUNK_LOGITS", n_logits)
+    patch.setattr(logprobs, "CHUNK_ROWS", 1)
+
+
 @pytest.fixture(params=CHUNKINGS)
 def chunking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", CHUNKINGS[request.param])
+    set_chunk_logits(monkeypatch, CHUNKINGS[request.param])
     return CHUNKINGS[request.param]
 
 
@@ -236,7 +241,7 @@ def test_all_ranks_call_a_partitioned_head_as_often_as_the_one_with_most_positio
     hidden, target, grad = hidden[:n], target[:n], grad[:n]
     wanted = scored(plain, hidden, head, target, grad)
     head.weight.ds_id = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 4 * V)
+    set_chunk_logits(monkeypatch, 4 * V)
     monkeypatch.setattr(logprobs.dist, "is_initialized", lambda: True)
     reduced = {dist.ReduceOp.MAX: lambda count: count.clamp_(min=most)}
     monkeypatch.setattr(logprobs.dist, "all_reduce", lambda count, op: reduced[op](count))
@@ -301,7 +306,7 @@ def test_no_shape_and_no_chunking_changes_the_result(
         *(hidden, head, target, grad, temperature),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprobs, "CHUNK_LOGITS", limit)
+        set_chunk_logits(patch, limit)
         for kind in (nn.Linear, Reported):
             same = kind(width, n_vocabulary).double()
             same.load_state_dict(head.state_dict())
@@ -370,7 +375,7 @@ def test_the_gradient_of_a_bf16_weight_is_summed_in_fp32(monkeypatch: pytest.Mon
     head = nn.Linear(1, 2, bias=True).bfloat16()
     for parameter in head.parameters():
         parameter.data.zero_()
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 1)
+    set_chunk_logits(monkeypatch, 1)
     hidden, target = torch.ones(n, 1, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.long)
     token_logprobs(hidden, head, target).sum().backward()
     assert head.weight.grad is not None and head.bias.grad is not None
@@ -420,7 +425,7 @@ def test_the_short_way_holds_one_chunk_of_logits(
     n, n_vocabulary, width, chunk = 256, 2000, 2, 16
     head = nn.Linear(width, n_vocabulary, bias=False, dtype=dtype).requires_grad_(not frozen)
     hidden, target = torch.randn(n, width, dtype=dtype), torch.randint(0, n_vocabulary, (n,))
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk * n_vocabulary)
+    set_chunk_logits(monkeypatch, chunk * n_vocabulary)
     with HeldTensors() as held:
         values = token_logprobs(hidden.requires_grad_(True), head, target, 0.7)
         if not frozen:  # called by hand: a mode sees nothing of what the autograd engine calls
@@ -439,7 +444,7 @@ def test_a_head_that_is_run_as_a_module_holds_a_few_chunks(
     n, n_vocabulary, width, chunk = 256, 2000, 2, 16
     head = Reported(width, n_vocabulary, bias=False).requires_grad_(not frozen)
     hidden, target = torch.randn(n, width, requires_grad=True), torch.randint(0, n_vocabulary, (n,))
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk * n_vocabulary)
+    set_chunk_logits(monkeypatch, chunk * n_vocabulary)
     peaks = []
     for score in (plain, token_logprobs):
         head.rows.clear()
@@ -457,7 +462,7 @@ def test_only_the_products_that_are_needed_are_taken(
     """Logits; towards the hidden states; for a head that trains its own, with the logits again if not kept."""
     hidden, head, target, grad = problem(bias=False)
     hidden.requires_grad_(True)
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", M * V // n_chunks)
+    set_chunk_logits(monkeypatch, M * V // n_chunks)
 
     def score() -> Tensor:
         return token_logprobs(hidden, head, target)
@@ -516,3 +521,9 @@ def test_what_is_not_asked_for_is_none() -> None:
         hidden, head, target, _ = problem(kind)
         statistics = token_statistics(hidden, head, target)
         assert statistics.entropy_M is statistics.top_ids_MK is statistics.top_logprobs_MK is None
+
+
+def test_a_large_vocabulary_still_gets_whole_blocks_of_positions() -> None:
+    head = Reported(4, logprobs.CHUNK_LOGITS // 100)
+    token_logprobs(torch.zeros(2 * logprobs.CHUNK_ROWS, 4), head, torch.zeros(2 * logprobs.CHUNK_ROWS).long())
+    assert head.rows == [logprobs.CHUNK_ROWS] * 2

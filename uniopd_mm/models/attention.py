@@ -224,15 +224,11 @@ class DecodePass:
         own_key = self._append(self.keys, layer, key)
         own_value = self._append(self.values, layer, value)
         query = (query[:, :, 0] * (size**-0.5 if scaling is None else scaling)).view(n_rows, n_key, -1, size)
-        own = _partial(query, own_key, own_value)
-        prompt = _partial(self._gather(query), self.prefix.keys[layer], self.prefix.values[layer], self.bias)
-        prompt_out, prompt_sum, prompt_max = (self._scatter(x) for x in prompt)
-        own_out, own_sum, own_max = own
-        top = torch.maximum(prompt_max, own_max)
-        prompt_share, own_share = (prompt_max - top).exp_(), (own_max - top).exp_()
-        output = (prompt_out * prompt_share + own_out * own_share) / (
-            prompt_sum * prompt_share + own_sum * own_share
-        )
+        own, own_lse = _partial(query, own_key, own_value)
+        held = self.prefix.keys[layer], self.prefix.values[layer]
+        prompt, prompt_lse = (self._scatter(x) for x in _partial(self._gather(query), *held, self.bias))
+        # Two softmaxes over parts of the keys, weighed by their normalisers, are the softmax over all keys.
+        output = torch.lerp(prompt, own, torch.sigmoid(own_lse - prompt_lse))
         return output.to(value.dtype).reshape(n_rows, 1, n_query, size), None
 
     def _append(self, store: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
@@ -261,13 +257,11 @@ class DecodePass:
         return rows if self.slot_R is None else rows[self.slot_R]
 
 
-def _partial(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Unnormalised attention output, its normaliser and the largest score: float32, to be merged with other parts."""
+def _partial(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention output [..., D] over some of the keys and the log of its normaliser [..., 1], float32."""
     scores = (query @ key.transpose(-1, -2)).float()
     if bias is not None:
-        scores = scores + bias
-    top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp_()
-    return (weights.to(value.dtype) @ value).float(), weights.sum(-1, keepdim=True), top
+        scores += bias
+    weights = scores.softmax(-1)
+    lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+    return (weights.to(value.dtype) @ value).float(), lse

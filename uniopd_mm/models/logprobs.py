@@ -21,8 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from uniopd_mm.errors import AlignmentError
 
-CHUNK_LOGITS = 2**26
-"""Logits held at once: 256 MiB in fp32.  Fewer are not faster, and leave a large vocabulary few rows per product."""
+CHUNK_LOGITS = 2**24
+"""Logits held at once: 64 MiB in fp32."""
+CHUNK_ROWS = 512
+"""Positions of a chunk at the least: over a large vocabulary, products of fewer rows are slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,8 @@ def _check_targets(target_M: Tensor, n_vocabulary: int) -> None:
 
 
 def _count_chunks(hidden_MH: Tensor, n_vocabulary: int, head: nn.Module) -> int:
-    """Chunks of at most CHUNK_LOGITS logits; at least one, so that no positions still give a graph."""
-    n_chunks = max(1, -(-len(hidden_MH) // max(1, CHUNK_LOGITS // n_vocabulary)))
+    """Chunks of CHUNK_LOGITS logits or CHUNK_ROWS positions; at least one, so that no positions still give a graph."""
+    n_chunks = max(1, -(-len(hidden_MH) // max(CHUNK_ROWS, CHUNK_LOGITS // n_vocabulary)))
     # ZeRO-3 gathers the head in every call of it, and all ranks must join.  Without gradients ranks score at their
     # own pace, on weights gathered beforehand.
     if torch.is_grad_enabled() and _is_partitioned(head) and dist.is_available() and dist.is_initialized():
