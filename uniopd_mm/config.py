@@ -50,7 +50,8 @@ class ModelConfig(Settings):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the weights in memory."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """auto = flash_attention_2 where it is installed and there is a GPU, else sdpa."""
+    """auto = flash_attention_2 where it is installed and there is a GPU, else sdpa.  With shared_prefix this is the vision
+    tower's; the language model then uses PyTorch's own kernels (sdpa)."""
     min_pixels: int | None = None
     """Smallest image area in pixels after resizing (Qwen families); null = the processor's own."""
     max_pixels: int | None = None

@@ -133,18 +133,14 @@ class PrefixPass:
 class ResponsePass:
     """Runs whole responses behind their prompts: exact, and gradients flow into the prompts' keys and values."""
 
-    def __init__(self, prefix: Prefix, row_R: Tensor, mask_RT: Tensor) -> None:
+    def __init__(self, prefix: Prefix, row_R: Tensor, n_tokens: int) -> None:
         self.prefix, self.row_R = prefix, row_R
-        n_rollouts, n_tokens = mask_RT.shape
-        n_prompt = prefix.mask_BP.shape[1]
-        if not prefix.is_padded:
-            # Padding behind a response is never looked back at; a plain causal mask keeps the fastest kernels.
-            self.mask: Tensor | CausalBias = causal_lower_right(n_tokens, n_prompt + n_tokens)
-        else:
-            causal_TT = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=mask_RT.device).tril()
+        # Padding stands behind a response, where none of its tokens looks; a plain causal mask has the fastest kernels.
+        self.mask: Tensor | CausalBias = causal_lower_right(n_tokens, prefix.mask_BP.shape[1] + n_tokens)
+        if prefix.is_padded:
+            own_TT = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=row_R.device).tril()
             prompt_RTP = prefix.mask_BP[row_R][:, None].expand(-1, n_tokens, -1)
-            own_RTT = causal_TT.expand(n_rollouts, -1, -1)
-            self.mask = torch.cat([prompt_RTP, own_RTT], dim=-1)[:, None]
+            self.mask = torch.cat([prompt_RTP, own_TT.expand(len(row_R), -1, -1)], dim=-1)[:, None]
 
     def attend(
         self,
@@ -159,8 +155,10 @@ class ResponsePass:
         layer = module.layer_idx
         key = torch.cat([self.prefix.keys[layer].index_select(0, self.row_R), key], dim=2)
         value = torch.cat([self.prefix.values[layer].index_select(0, self.row_R), value], dim=2)
-        # On a GPU, grouped heads together with a mask fall back to a kernel that holds all scores.
-        grouped = query.device.type == "cpu" or isinstance(self.mask, CausalBias)
+        # On a GPU, only the kernel for half precision and a plain causal mask takes grouped heads as they are; the
+        # others would fall back to one that holds all scores.
+        is_flash = isinstance(self.mask, CausalBias) and query.dtype != torch.float32
+        grouped = is_flash or query.device.type == "cpu"
         if not grouped:
             n_repeats = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(n_repeats, dim=1) for x in (key, value))
@@ -229,7 +227,7 @@ class DecodePass:
         prompt, prompt_lse = (self._scatter(x) for x in _partial(self._gather(query), *held, self.bias))
         # Two softmaxes over parts of the keys, weighed by their normalisers, are the softmax over all keys.
         output = torch.lerp(prompt, own, torch.sigmoid(own_lse - prompt_lse))
-        return output.to(value.dtype).reshape(n_rows, 1, n_query, size), None
+        return output.to(value.dtype).reshape(n_rows, 1, n_query, -1), None
 
     def _append(self, store: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
         """Everything fed so far [R, K, n_fed + 1, D], the new token written in place."""

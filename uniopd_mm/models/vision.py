@@ -79,9 +79,7 @@ def _project_qwen(base: Any, features: list[Features], inputs: list[dict[str, Te
     sizes = (grid.prod(-1) // visual.spatial_merge_size**2).tolist()
     last, *deep = (torch.cat(layer) for layer in zip(*features, strict=True))
     merged = visual.merger(last)
-    if hasattr(
-        visual, "fullatt_block_indexes"
-    ):  # Qwen2.5-VL works on windows of patches and leaves that order
+    if hasattr(visual, "fullatt_block_indexes"):  # Qwen2.5-VL leaves the patches in the order of its windows
         order, _ = get_vision_window_index(
             grid, visual.spatial_merge_size, visual.window_size, visual.patch_size
         )

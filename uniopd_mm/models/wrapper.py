@@ -110,6 +110,11 @@ class MultimodalLM(nn.Module):
         positions = self.position_ids(inputs)
         prefix = PrefixPass()
         output = self.run(self._with_images(inputs, encoded), positions, shared_prefix=prefix)
+        if len(prefix.keys) != self.text_config.num_hidden_layers:
+            raise RuntimeError(
+                f"{self.model_type}: {len(prefix.keys)} of {self.text_config.num_hidden_layers} layers have keys and values "
+                "of their own, so its prompts cannot be shared. Set shared_prefix: false for this model."
+            )
         return Prefix(
             prefix.keys,
             prefix.values,
@@ -120,35 +125,35 @@ class MultimodalLM(nn.Module):
 
     def remember_images(self, encoded: list[EncodedPrompt]) -> None:
         """Run the frozen part of the image encoder on prompts that it has not seen, so that no later pass does."""
-        for prompt in encoded:
-            if self.images is not None and self.images.keeps != "nothing" and prompt.image_spans:
-                self.images.remember(self.images.take_inputs(self.collate([prompt])))
+        if self._keeps_images:
+            for inputs in self._image_inputs(encoded):
+                self.images.remember(inputs)
 
     def knows_images(self, encoded: list[EncodedPrompt]) -> bool:
         """Nothing is left for :meth:`remember_images` to do."""
-        if self.images is None or self.images.keeps == "nothing":
-            return True
-        return all(
-            self.images.take_inputs(self.collate([p])) in self.images.cache for p in encoded if p.image_spans
-        )
+        return not self._keeps_images or all(i in self.images.cache for i in self._image_inputs(encoded))
 
     def trim_images(self) -> None:
         """Bring the features kept from earlier steps down to the memory allowed."""
         if self.images is not None:
             self.images.cache.trim()
 
+    @property
+    def _keeps_images(self) -> bool:
+        return self.images is not None and self.images.keeps != "nothing"
+
+    def _image_inputs(self, encoded: list[EncodedPrompt]) -> list[dict[str, Tensor]]:
+        """What the image encoder reads, prompt by prompt."""
+        return [self.images.take_inputs(self.collate([prompt])) for prompt in encoded if prompt.image_spans]
+
     def _with_images(self, inputs: dict[str, Tensor], encoded: list[EncodedPrompt]) -> dict[str, object]:
         """Model inputs with the pixels replaced by what the image encoder made of them."""
-        if self.images is None:
-            return dict(inputs)
-        vision = self.images.take_inputs(inputs := dict(inputs))
-        if not vision:
-            return dict(inputs)
-        if self.images.keeps == "nothing":
-            parts = [vision]
-        else:
-            parts = [self.images.take_inputs(self.collate([p])) for p in encoded if p.image_spans]
-        return {**inputs, "mm_encoder_outputs": {"image": self.images.encode(parts)}}
+        inputs: dict[str, object] = dict(inputs)
+        together = self.images.take_inputs(inputs) if self.images is not None else {}
+        if together:
+            parts = self._image_inputs(encoded) if self._keeps_images else [together]
+            inputs["mm_encoder_outputs"] = {"image": self.images.encode(parts)}
+        return inputs
 
     def run(self, inputs: dict[str, object], positions: Tensor, **kwargs: object) -> BaseModelOutputWithPast:
         """The model without its head."""
@@ -196,7 +201,7 @@ class MultimodalLM(nn.Module):
             # Position t is predicted from token t-1, so the last token is never fed; a lone token is fed all the
             # same, because under ZeRO-3 every rank must run every layer equally often.
             fed = slice(0, max(1, n_tokens - 1))
-            arguments = prefix, row_R[chunk], response_RT[chunk, fed], mask_RT[chunk, fed]
+            arguments = prefix, row_R[chunk], response_RT[chunk, fed]
             if torch.is_grad_enabled() and chunk is not chunks[-1] and not recomputes:
                 with set_checkpoint_early_stop(False):  # ZeRO-3 must see every layer's end
                     states = checkpoint(self._continue, *arguments, use_reentrant=False)
@@ -209,12 +214,12 @@ class MultimodalLM(nn.Module):
             positions.append(position)
         return torch.cat(hidden), (torch.cat(rollouts), torch.cat(positions))
 
-    def _continue(self, prefix: Prefix, row_R: Tensor, fed_RT: Tensor, mask_RT: Tensor) -> Tensor:
+    def _continue(self, prefix: Prefix, row_R: Tensor, fed_RT: Tensor) -> Tensor:
         """Hidden states [R, T + 1, H] that predict the fed tokens and the one behind them."""
         output = self.run(
             {"input_ids": fed_RT, "attention_mask": no_mask(fed_RT)},
             self.response_positions(prefix.next_position_B[row_R], fed_RT.shape[1]),
-            shared_prefix=ResponsePass(prefix, row_R, mask_RT),
+            shared_prefix=ResponsePass(prefix, row_R, fed_RT.shape[1]),
         )
         return torch.cat([prefix.last_hidden_BH[row_R][:, None], output.last_hidden_state], dim=1)
 
