@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils import ModelOutput
 
+    from uniopd_mm.processors import EncodedPrompt
+
 Features = tuple[Tensor, ...]
 """Output of a vision tower for the images of one prompt, before the projector."""
 
@@ -107,16 +109,15 @@ class FeatureCache:
         self.max_bytes, self.n_bytes = max_bytes, 0
         self.kept: OrderedDict[bytes, Any] = OrderedDict()
 
-    def get(self, inputs: dict[str, Tensor], compute: Callable[[], Any]) -> Any:
-        key = _digest(inputs)
+    def get(self, key: bytes, compute: Callable[[], Any]) -> Any:
         if key not in self.kept:
             self.kept[key] = compute()
             self.n_bytes += _n_bytes(self.kept[key])
         self.kept.move_to_end(key)
         return self.kept[key]
 
-    def __contains__(self, inputs: dict[str, Tensor]) -> bool:
-        return _digest(inputs) in self.kept
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.kept
 
     def trim(self) -> None:
         """Forget the images not used for longest, down to the memory allowed.  Never inside a step: what sampling
@@ -146,38 +147,39 @@ class ImageEncoder:
             return "features"
         return "tower" if self.model_type in TOWERS else "nothing"
 
-    def take_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def take_inputs(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Move what the image encoder reads out of the inputs of a model; {} without images."""
         return {name: inputs.pop(name) for name in list(inputs) if name in self.input_names}
 
-    def encode(self, prompts: list[dict[str, Tensor]]) -> ModelOutput:
-        """Encoder output of several prompts' images, in order, with gradient where something is trained; each dict
-        holds the vision inputs of one prompt (of all of them where nothing can be kept)."""
-        if self.keeps == "nothing":
-            return _join([self.base.get_image_features(**inputs, return_dict=True) for inputs in prompts])
-        kept = [self.remember(inputs) for inputs in prompts]
+    def key(self, prompt: EncodedPrompt) -> bytes:
+        """The content of a prompt's images."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self.take_inputs(dict(prompt.model_inputs)).items()):
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.contiguous().view(torch.uint8).numpy())
+        return digest.digest()
+
+    def encode(self, inputs: dict[str, Tensor]) -> ModelOutput:
+        """Encoder output of a batch of images, nothing kept, with gradient."""
+        return _only_used(self.base.get_image_features(**inputs, return_dict=True))
+
+    def recall(self, images: list[tuple[bytes, dict[str, Tensor]]]) -> ModelOutput:
+        """Encoder output of several prompts' images (key and inputs of each), the frozen part run only where it has
+        not been; with gradient where the projector is trained."""
+        kept = [self.remember(key, inputs) for key, inputs in images]
         if self.keeps == "tower":
-            return TOWERS[self.model_type].project(self.base, kept, prompts)
+            return TOWERS[self.model_type].project(self.base, kept, [inputs for _, inputs in images])
         return _join(kept)
 
-    def remember(self, inputs: dict[str, Tensor]) -> Any:
+    def remember(self, key: bytes, inputs: dict[str, Tensor]) -> Any:
         """What the frozen part gives for one prompt's images, computed when it is not known yet."""
-        return self.cache.get(inputs, lambda: self._run_frozen(inputs))
+        return self.cache.get(key, lambda: self._run_frozen(inputs))
 
     @torch.no_grad()
     def _run_frozen(self, inputs: dict[str, Tensor]) -> Any:
         if self.keeps == "features":
-            return _only_used(self.base.get_image_features(**inputs, return_dict=True))
+            return self.encode(inputs)
         return TOWERS[self.model_type].run(self.base, inputs)
-
-
-def _digest(inputs: dict[str, Tensor]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(inputs):
-        value = inputs[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.view(torch.uint8).numpy())
-    return digest.digest()
 
 
 def _only_used(output: Any) -> Any:

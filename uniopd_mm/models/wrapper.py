@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,12 +127,14 @@ class MultimodalLM(nn.Module):
     def remember_images(self, encoded: list[EncodedPrompt]) -> None:
         """Run the frozen part of the image encoder on prompts that it has not seen, so that no later pass does."""
         if self._keeps_images:
-            for inputs in self._image_inputs(encoded):
-                self.images.remember(inputs)
+            for key, inputs in self._images_of(encoded):
+                self.images.remember(key, inputs)
 
     def knows_images(self, encoded: list[EncodedPrompt]) -> bool:
         """Nothing is left for :meth:`remember_images` to do."""
-        return not self._keeps_images or all(i in self.images.cache for i in self._image_inputs(encoded))
+        return not self._keeps_images or all(
+            self.images.key(prompt) in self.images.cache for prompt in encoded if prompt.image_spans
+        )
 
     def trim_images(self) -> None:
         """Bring the features kept from earlier steps down to the memory allowed."""
@@ -142,20 +145,27 @@ class MultimodalLM(nn.Module):
     def _keeps_images(self) -> bool:
         return self.images is not None and self.images.keeps != "nothing"
 
-    def _image_inputs(self, encoded: list[EncodedPrompt]) -> list[dict[str, Tensor]]:
-        """What the image encoder reads, prompt by prompt."""
-        return [self.images.take_inputs(self.collate([prompt])) for prompt in encoded if prompt.image_spans]
+    def _images_of(self, encoded: list[EncodedPrompt]) -> list[tuple[bytes, dict[str, Tensor]]]:
+        """Content and inputs of the images, prompt by prompt."""
+        return [
+            (self.images.key(prompt), self.images.take_inputs(self.collate([prompt])))
+            for prompt in encoded
+            if prompt.image_spans
+        ]
 
     def _with_images(self, inputs: dict[str, Tensor], encoded: list[EncodedPrompt]) -> dict[str, object]:
         """Model inputs with the pixels replaced by what the image encoder made of them."""
         inputs: dict[str, object] = dict(inputs)
-        together = self.images.take_inputs(inputs) if self.images is not None else {}
-        if together:
-            parts = self._image_inputs(encoded) if self._keeps_images else [together]
-            inputs["mm_encoder_outputs"] = {"image": self.images.encode(parts)}
+        pixels = self.images.take_inputs(inputs) if self.images is not None else {}
+        if pixels and self._keeps_images:
+            inputs["mm_encoder_outputs"] = {"image": self.images.recall(self._images_of(encoded))}
+        elif pixels:
+            inputs["mm_encoder_outputs"] = {"image": self.images.encode(pixels)}
         return inputs
 
-    def run(self, inputs: dict[str, object], positions: Tensor, **kwargs: object) -> BaseModelOutputWithPast:
+    def run(
+        self, inputs: Mapping[str, object], positions: Tensor, **kwargs: object
+    ) -> BaseModelOutputWithPast:
         """The model without its head."""
         return self.transformer.base_model(**{"use_cache": False, **inputs, **kwargs}, position_ids=positions)
 

@@ -344,11 +344,11 @@ def lr_factor(step: int, optim: OptimConfig, n_steps: int) -> float:
     return 1.0
 
 
-def share_buffers(source: MultimodalLM, copy: MultimodalLM) -> None:
+def share_buffers(source: MultimodalLM, other: MultimodalLM) -> None:
     """DeepSpeed may have moved the buffers of ``source``; its parameters it changes in place."""
-    for module, other in zip(source.modules(), copy.modules(), strict=True):
+    for module, twin in zip(source.modules(), other.modules(), strict=True):
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(other, name, buffer)
+            setattr(twin, name, buffer)
 
 
 def deepspeed_config(config: TrainConfig, accumulation: int) -> dict[str, Any]:
