@@ -107,6 +107,20 @@ def test_scores_do_not_depend_on_chunks_groups_or_padding(tiny_models: dict[str,
         torch.testing.assert_close(torch.cat(alone), wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("n_groups", (1, 2), ids=("one prompt", "padded prompts"))
+def test_blocks_of_response_tokens_see_what_they_would_together(
+    tiny_models: dict[str, Path], n_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_models["llava"]).requires_grad_(True)
+    groups = make_groups(model, (1, 0)[:n_groups])
+    responses = responses_of(model, n_groups)
+    values, wanted = score(model, groups, responses), gradients(model, groups, responses)
+    for block in (1, 3, 8):
+        monkeypatch.setattr("uniopd_mm.models.attention.QUERY_BLOCK", block)
+        torch.testing.assert_close(score(model, groups, responses), values, atol=1e-5, rtol=0)
+        assert distance(gradients(model, groups, responses), wanted) <= 1e-5
+
+
 @pytest.mark.parametrize("family", MIXES)
 def test_what_stands_in_the_padding_is_never_read(tiny_models: dict[str, Path], family: str) -> None:
     model = load(tiny_models[family])

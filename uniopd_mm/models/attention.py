@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "shared_prefix"
+QUERY_BLOCK = 256
+"""Response tokens that attend together: what lies behind the last of them is left out instead of masked out."""
 FIRST_CAPACITY = 64
 """Response tokens that a decoding pass first has room for; it grows by doubling."""
 
@@ -135,12 +137,22 @@ class ResponsePass:
 
     def __init__(self, prefix: Prefix, row_R: Tensor, n_tokens: int) -> None:
         self.prefix, self.row_R = prefix, row_R
-        # Padding stands behind a response, where none of its tokens looks; a plain causal mask has the fastest kernels.
-        self.mask: Tensor | CausalBias = causal_lower_right(n_tokens, prefix.mask_BP.shape[1] + n_tokens)
-        if prefix.is_padded:
-            own_TT = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=row_R.device).tril()
-            prompt_RTP = prefix.mask_BP[row_R][:, None].expand(-1, n_tokens, -1)
-            self.mask = torch.cat([prompt_RTP, own_TT.expand(len(row_R), -1, -1)], dim=-1)[:, None]
+        # Padding stands behind a response, where none of its tokens looks, so only the prompts' own needs a mask.
+        self.prompt_RP = prefix.mask_BP[row_R] if prefix.is_padded else None
+        # The kernel for half precision and a plain causal mask leaves out by itself what is masked.
+        self.is_flash = prefix.keys[0].dtype != torch.float32 and row_R.is_cuda and not prefix.is_padded
+        block = n_tokens if self.is_flash else QUERY_BLOCK
+        self.blocks = [(start, min(start + block, n_tokens)) for start in range(0, n_tokens, block)]
+        self.masks = [self._mask(start, end) for start, end in self.blocks]
+
+    def _mask(self, start: int, end: int) -> Tensor | CausalBias:
+        """What the response tokens from ``start`` to ``end`` see of the prompt and of the tokens up to ``end``."""
+        n_prompt = self.prefix.mask_BP.shape[1]
+        if self.prompt_RP is None:
+            return causal_lower_right(end - start, n_prompt + end)
+        own = torch.ones(end - start, end, dtype=torch.bool, device=self.row_R.device).tril(start)
+        prompt = self.prompt_RP[:, None].expand(-1, end - start, -1)
+        return torch.cat([prompt, own.expand(len(prompt), -1, -1)], dim=-1)[:, None]
 
     def attend(
         self,
@@ -155,17 +167,24 @@ class ResponsePass:
         layer = module.layer_idx
         key = torch.cat([self.prefix.keys[layer].index_select(0, self.row_R), key], dim=2)
         value = torch.cat([self.prefix.values[layer].index_select(0, self.row_R), value], dim=2)
-        # On a GPU, only the kernel for half precision and a plain causal mask takes grouped heads as they are; the
-        # others would fall back to one that holds all scores.
-        is_flash = isinstance(self.mask, CausalBias) and query.dtype != torch.float32
-        grouped = is_flash or query.device.type == "cpu"
+        # On a GPU, the other kernels cannot take grouped heads as they are and would hold all scores.
+        grouped = self.is_flash or not query.is_cuda
         if not grouped:
             n_repeats = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(n_repeats, dim=1) for x in (key, value))
-        output = scaled_dot_product_attention(
-            query, key, value, attn_mask=self.mask, scale=scaling, enable_gqa=grouped
-        )
-        return output.transpose(1, 2), None
+        n_prompt = key.shape[2] - query.shape[2]
+        parts = [
+            scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, : n_prompt + end],
+                value[:, :, : n_prompt + end],
+                attn_mask=seen,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+            for (start, end), seen in zip(self.blocks, self.masks, strict=True)
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
 class DecodePass:
