@@ -253,7 +253,7 @@ class DistributedConfig(Settings):
     """DeepSpeed ZeRO: 0 = plain data parallel, 1 = + sharded optimizer, 2 = + gradients, 3 = + weights."""
     micro_groups: int = Field(default=1, gt=0)
     """Groups (prompts with all their rollouts) in one forward/backward on one rank."""
-    micro_tokens: int = Field(default=4096, gt=0)
+    micro_tokens: int = Field(default=8192, gt=0)
     """Response tokens that run at once in scoring and in the update.  What is beyond runs in further chunks behind the
     same prompt; their activations are computed again in the backward pass: bounded memory, up to a third more time."""
     offload_optimizer: bool = False

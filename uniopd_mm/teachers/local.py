@@ -31,7 +31,7 @@ class LocalTeacher:
         model: MultimodalLM,
         student: VLMProcessor,
         concurrent_rollouts: int = 256,
-        micro_tokens: int = 4096,
+        micro_tokens: int = 8192,
     ) -> None:
         self.name, self.settings, self.model = name, settings, model
         self.processor = model.processor
