@@ -167,12 +167,25 @@ def profile(case: Case, work: Path, freeze: list[str], rows: int) -> None:
             sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=48
         )
     )
+    for kind, seconds in time_by_kind(operators).items():
+        print(f"{kind:20s} {seconds:6.2f} CPU s")
     with cProfile.Profile() as functions:
         ours.step(2)
     for order in ("tottime", "cumulative"):
         pstats.Stats(functions).sort_stats(order).print_stats(rows)
     close_world()
     print({name: round(s, 3) for name, s in ours.meter.steps[1].cpu_s.items()}, "CPU s under torch.profiler")
+
+
+def time_by_kind(operators: torch.profiler.profile) -> dict[str, float]:
+    """CPU seconds of a profiled step in matrix products, in the fused attention kernels, and in all other operators."""
+    kinds = {"matrix products": ("::mm", "::addmm", "::bmm", "::baddbmm", "convolution")}
+    kinds["attention kernels"] = ("scaled_dot_product",)
+    total = dict.fromkeys((*kinds, "other operators"), 0.0)
+    for event in operators.key_averages():
+        found = (kind for kind, names in kinds.items() if any(name in event.key for name in names))
+        total[next(found, "other operators")] += event.self_cpu_time_total / 1e6
+    return total
 
 
 def main() -> None:
