@@ -13,7 +13,7 @@ import torch
 
 from uniopd_mm.config import TrainConfig
 from uniopd_mm.errors import UniOPDError
-from uniopd_mm.models import MultimodalLM
+from uniopd_mm.models import MultimodalLM, start_decoding
 from uniopd_mm.rollout import Group
 from uniopd_mm.teachers import LocalTeacher, TeacherPool
 from uniopd_mm.teachers.pool import route
@@ -52,7 +52,7 @@ def check_head(student: MultimodalLM, groups: list[Group]) -> Finding:
         logits = student.transformer(
             **inputs, position_ids=student.position_ids(inputs), logits_to_keep=1
         ).logits
-        ours = student.logits(student.prefill([groups[0].encoded]).last_hidden_BH)
+        ours = student.logits(start_decoding(student, [groups[0].encoded], n=1).hidden_RH)
     difference = float((logits[:, -1].float() - ours).abs().max())
     ok = difference <= 1e-3 * max(1.0, float(ours.abs().max()))
     text = f"logits of {student.model_type} differ by {difference:.1e} from its head applied to the hidden states"
