@@ -13,6 +13,7 @@ from rooms import FAMILIES, load, make_groups, make_prompt, plain_logprobs, samp
 from uniopd_mm.config import StudentConfig
 from uniopd_mm.engines import encode_groups
 from uniopd_mm.models import MultimodalLM, load_student, pad_responses, plan_chunks, stage_of
+from uniopd_mm.preflight import check_head
 from uniopd_mm.rollout import Group
 
 MIXES = {**dict.fromkeys(FAMILIES, (1, 0, 2)), "text": (0, 0, 0)}
@@ -308,6 +309,12 @@ def test_a_model_that_cannot_share_runs_full_rows_and_says_so_once(
     torch.testing.assert_close(
         scored, torch.cat([r.sampler_logprobs for g in sampled for r in g.rollouts]), atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("shared_prefix", (True, False))
+def test_the_head_check_holds_either_way(tiny_models: dict[str, Path], shared_prefix: bool) -> None:
+    model = load(tiny_models["qwen2_5_vl"], shared_prefix=shared_prefix)
+    assert check_head(model, make_groups(model, (1,))).ok
 
 
 def test_saved_models_do_not_name_our_attention(tiny_models: dict[str, Path], tmp_path: Path) -> None:
