@@ -11,24 +11,32 @@ from typing import Any
 from cases import CASES, Case
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("case", choices=CASES, help="what to run; sizes are in cases.py")
-    parser.add_argument("--n", type=int, help="rollouts per prompt, instead of the case's")
-    parser.add_argument("--prompts", type=int, help="prompts per step, instead of the case's")
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """What run.py takes as well and hands on."""
     parser.add_argument("--steps", type=int, default=4, help="steps; the first is a warm-up (default: 4)")
     parser.add_argument(
         "--freeze",
         nargs="*",
         choices=["vision", "projector", "language"],
         default=[],
-        help="stages not trained",
+        help="stages not trained (default: none)",
     )
     parser.add_argument(
         "--flops", action="store_true", help="count the operations of one more step (much memory)"
     )
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/benchmarks"), help="models and prompts, built once"
+        "--work",
+        type=Path,
+        default=Path("runs/benchmarks"),
+        help="models and prompts, built once (default: runs/benchmarks)",
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared_arguments(parser)
+    parser.add_argument("case", choices=CASES, help="what to run; sizes are in cases.py")
+    parser.add_argument("--n", type=int, help="rollouts per prompt, instead of the case's")
+    parser.add_argument("--prompts", type=int, help="prompts per step, instead of the case's")
     parser.add_argument("--json", type=Path, help="also write the measurements to this file")
 
 

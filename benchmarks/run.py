@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import CASES
+from command import add_shared_arguments
 from tables import render
 
 HERE = Path(__file__).resolve().parent
@@ -159,36 +160,16 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_shared_arguments(parser)
     parser.add_argument(
         "--cases", type=parse_cases, default=list(CASES), help=f"of {','.join(CASES)} (default: all)"
     )
-    parser.add_argument(
-        "--steps", type=int, default=4, help="steps per run; the first is a warm-up (default: 4)"
-    )
     parser.add_argument("--repeat", type=int, default=1, help="runs of each system, in turn (default: 1)")
     parser.add_argument("--only", choices=SCRIPTS, help="run one system")
-    parser.add_argument(
-        "--freeze",
-        nargs="*",
-        choices=["vision", "projector", "language"],
-        default=[],
-        help="stages not trained, on both sides (default: none)",
-    )
     parser.add_argument("--scaling", action="store_true", help="1 to 16 rollouts of one prompt")
     parser.add_argument("--floor", action="store_true", help="time the needed matrix products by themselves")
-    parser.add_argument(
-        "--flops",
-        action="store_true",
-        help="with --floor: count the operations done, too (twice the memory and time; not for the long case)",
-    )
     parser.add_argument("--profile", choices=CASES, metavar="CASE", help="print our step's operators by time")
     parser.add_argument("--show", action="store_true", help="print the tables of --out, run nothing")
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("runs/benchmarks"),
-        help="models, prompts, logs (default: runs/benchmarks)",
-    )
     parser.add_argument(
         "--out", type=Path, default=HERE / "results.json", help="measurements (default: beside this file)"
     )

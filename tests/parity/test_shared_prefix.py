@@ -242,58 +242,49 @@ def test_images_are_forgotten_oldest_first_within_the_memory_allowed(tiny_models
     assert [model.knows_images([g.encoded]) for g in groups] == [True, False, True]
 
 
-def build_sliding(folder: Path) -> Path:
-    """A text model whose attention looks back 8 tokens in every other layer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+UNSHARED = {
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "qwen3_next": {
+        "head_dim": 16,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "num_experts": 0,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}
+"""Text models with a layer that looks back 8 tokens, or one of linear attention."""
+
+
+def build_unshared(folder: Path, model_type: str) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tiny.build_text(folder)
-    config = Qwen2Config(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_sliding_window=True,
-        sliding_window=8,
-        layer_types=["full_attention", "sliding_attention"],
-    )
     torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    config = AutoConfig.for_model(model_type, **SMALL, **UNSHARED[model_type])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
-def build_linear(folder: Path) -> Path:
-    """A text model with a linear-attention layer."""
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
-
-    tiny.build_text(folder)
-    config = Qwen3NextConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        num_experts=0,
-        layer_types=["linear_attention", "full_attention"],
-    )
-    torch.manual_seed(0)
-    Qwen3NextForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("build", (build_sliding, build_linear))
+@pytest.mark.parametrize("model_type", UNSHARED)
 def test_a_model_that_cannot_share_runs_full_rows_and_says_so_once(
-    build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="uniopd_mm"):
-        model = load(build(tmp_path))
+        model = load(build_unshared(tmp_path, model_type))
         groups = make_groups(model, (0, 0))
         sampled = sample(model, groups, n=3, max_new_tokens=12)
     notices = [r for r in caplog.records if "shared_prefix is off" in r.getMessage()]

@@ -67,6 +67,12 @@ class MultimodalLM(nn.Module):
             shared.append(self.images.cache)
         return copy.deepcopy(self, {id(part): part for part in shared})
 
+    def take_buffers_of(self, source: MultimodalLM) -> None:
+        """Share ``source``'s buffers from now on, after they were replaced; parameters are changed in place."""
+        for module, twin in zip(source.modules(), self.modules(), strict=True):
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(twin, name, buffer)
+
     # ------------------------------------------------------------------ the parts
 
     @property

@@ -53,7 +53,7 @@ class Trainer:
             config=deepspeed_config(config, self.accumulation),
             dist_init_required=False,
         )
-        share_buffers(self.trained, self.student)
+        self.student.take_buffers_of(self.trained)  # DeepSpeed may have moved them
         self.updates = 0
         self.dummy = dummy_group(self.student)
 
@@ -342,13 +342,6 @@ def lr_factor(step: int, optim: OptimConfig, n_steps: int) -> float:
     if optim.schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     return 1.0
-
-
-def share_buffers(source: MultimodalLM, other: MultimodalLM) -> None:
-    """DeepSpeed may have moved the buffers of ``source``; its parameters it changes in place."""
-    for module, twin in zip(source.modules(), other.modules(), strict=True):
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(twin, name, buffer)
 
 
 def deepspeed_config(config: TrainConfig, accumulation: int) -> dict[str, Any]:
