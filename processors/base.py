@@ -1,6 +1,6 @@
 """The adapter every family shares: messages and images in, token ids, masks and model tensors out.
 
-P = prompt tokens with every image expanded to its placeholders, C = with one placeholder per image,
+P = prompt tokens with every image expanded to its placeholders, C = with one marker per image,
 B = prompts.  What a family fills in is marked "family" below; README.md has the checklist.
 """
 
@@ -40,11 +40,13 @@ class EncodedPrompt:
     model_inputs: dict[str, Tensor]
     """The model's other inputs by argument name: [P], or images or patches on dim 0 (``pixel_values``)."""
     collapsed_ids: Tensor
-    """[C] int64, exactly one placeholder per image: what inference servers take beside the pictures."""
+    """[C] int64, one marker per image as the chat template writes it: what inference servers take beside the
+    pictures."""
     image_spans: tuple[Span, ...]
-    """Each image's placeholders in ``input_ids``."""
+    """Where each image lies in ``input_ids``: from the first to the last of its vision tokens.  Its placeholders,
+    and in some families start, end and row tokens among them."""
     collapsed_spans: tuple[Span, ...]
-    """Each image's placeholder in ``collapsed_ids``."""
+    """Each image's marker in ``collapsed_ids``."""
 
 
 class VLMProcessor:
@@ -102,23 +104,42 @@ class VLMProcessor:
     @property
     def image_slot(self) -> str:
         """family: what stands for an image in a chat template that knows no image parts."""
-        raise NotImplementedError
+        return self.image_marker
+
+    @property
+    def image_marker(self) -> str:
+        """family: the one token that the chat template writes for an image; the placeholder, unless told."""
+        return self.image_token
 
     def load_image_processor(self, min_pixels: int | None, max_pixels: int | None) -> None:
         """family: set up what :meth:`process_images` needs, from ``self.path`` and ``self.hub``."""
         raise NotImplementedError
 
-    def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[int]]:
-        """family: model inputs of these RGB images, and how many placeholders each of them takes."""
+    def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[str]]:
+        """family: model inputs of the RGB images of one prompt, and the text that takes the place of each
+        marker, placeholders included.  Lone ValueErrors (a shape it cannot resize) become ProcessorErrors."""
         raise NotImplementedError
 
     def expected_image_tokens(self, height: int, width: int) -> int:
-        """family: placeholders of an upright image of this size in pixels; what :meth:`encode` gives."""
+        """family: placeholders of an upright image of this size in pixels, alone in its prompt; what
+        :meth:`encode` gives, without running the image through."""
         raise NotImplementedError
 
     def make_token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """family: the [P] model inputs named in ``token_inputs``."""
         return {}
+
+    def join_vision(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """family: one vision input of several prompts as a batch; one behind the other on dim 0, unless told."""
+        import torch
+
+        return torch.cat(tensors)
+
+    def position_ids(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """family: positions [B, P] int64 of a collated batch, counted from the first real token, 0 at padding;
+        [3, B, P] (time, height, width) for models with M-RoPE."""
+        mask = batch["attention_mask"]
+        return (mask.cumsum(-1) - 1).clamp(min=0)
 
     def write_image_files(self, folder: Path) -> None:
         """family: the image processor's files, as from_pretrained reads them."""
@@ -137,15 +158,19 @@ class VLMProcessor:
 
         turns = chat.check_messages(messages)
         pictures = self._check_images(turns, images)
-        collapsed = self._tokenize(turns, add_generation_prompt)
-        slots = [position for position, token in enumerate(collapsed) if token == self.image_token_id]
-        if len(slots) != len(pictures):
+        tensors, texts = self._process(pictures)
+        hidden, stand_ins = chat.hide_markers(turns, tuple(self._vision))
+        rendered = self.template.render(hidden, add_generation_prompt)
+        marker = self.image_marker if self.sees_images else None
+        pieces = [rendered] if marker is None else rendered.split(marker)
+        if len(pieces) != len(pictures) + 1:
             raise ProcessorError(
-                f"The chat template of {self.path} made {len(slots)} image placeholders of {len(pictures)} "
-                "images; it must make one for each.  Check chat_template.jinja."
+                f"The chat template of {self.path} made {len(pieces) - 1} image placeholders ({marker}) of "
+                f"{len(pictures)} images; it must make one for each.  Check chat_template.jinja, and texts that "
+                "spell the placeholder in pieces."
             )
-        tensors, counts = self._process(pictures)
-        expanded, spans = _expand(collapsed, slots, counts)
+        collapsed, collapsed_spans = self._tokenize(pieces, [marker] * len(pictures), stand_ins)
+        expanded, spans = self._tokenize(pieces, texts, stand_ins)
         input_ids = torch.tensor(expanded, dtype=torch.int64)
         return EncodedPrompt(
             input_ids=input_ids,
@@ -153,7 +178,7 @@ class VLMProcessor:
             model_inputs={**tensors, **self.make_token_inputs(input_ids)},
             collapsed_ids=torch.tensor(collapsed, dtype=torch.int64),
             image_spans=spans,
-            collapsed_spans=tuple((slot, slot + 1) for slot in slots),
+            collapsed_spans=collapsed_spans,
         )
 
     def collate(
@@ -176,7 +201,9 @@ class VLMProcessor:
             if name in self.token_inputs:
                 batch[name] = _pad([p.model_inputs[name] for p in prompts], 0, padding_side)
             else:
-                batch[name] = torch.cat([p.model_inputs[name] for p in prompts if name in p.model_inputs])
+                batch[name] = self.join_vision(
+                    name, [p.model_inputs[name] for p in prompts if name in p.model_inputs]
+                )
         return batch
 
     def text_view(self, messages: Sequence[Mapping[str, Any]], image_text: Sequence[str]) -> chat.Turns:
@@ -247,6 +274,11 @@ class VLMProcessor:
 
         return ProcessorMixin.get_processor_dict(self.path, **self.hub)[0]
 
+    @property
+    def image_token(self) -> str:
+        """The placeholder, as text."""
+        return self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+
     def _find_image_token(self) -> int:
         token_id = self.config.image_token_id
         if token_id not in self._vision.values():
@@ -304,41 +336,52 @@ class VLMProcessor:
             )
         return to_rgb_all(images)
 
-    def _tokenize(self, turns: chat.Turns, add_generation_prompt: bool) -> list[int]:
-        """[C] ids; vision markers of the template are special tokens, those that a user typed are text.
+    def _tokenize(
+        self, pieces: Sequence[str], image_texts: Sequence[str], stand_ins: Mapping[str, str]
+    ) -> tuple[list[int], tuple[Span, ...]]:
+        """Ids of the rendered pieces with an image's text after each but the last, and where each image lies.
 
-        Typed markers pass through the template as private characters, which tells them from its own.  The
-        tokenizer then reads the true text and makes special tokens of both, in an order that is known; the
-        typed ones are replaced by the ids of their characters.
+        Vision markers that a user typed pass through the template as private characters (``stand_ins``), which
+        tells them from its own.  The tokenizer then reads the true text and makes special tokens of both, in an
+        order that is known; the typed ones are replaced by the ids of their characters.
         """
-        markers = tuple(self._vision)
-        hidden, stand_ins = chat.hide_markers(turns, markers)
-        rendered = self.template.render(hidden, add_generation_prompt)
-        text, order = chat.restore_markers(rendered, stand_ins, markers)
+        parts = [(piece, None) for piece in pieces]
+        for k, image_text in reversed(list(enumerate(image_texts))):
+            parts.insert(k + 1, (image_text, k))
+        text, owners = "", []  # of every vision token: (marker, "typed", None or the image it belongs to)
+        for part, owner in parts:
+            restored, order = chat.restore_markers(part, stand_ins, tuple(self._vision))
+            text += restored
+            owners += [(marker, "typed" if is_typed else owner) for marker, is_typed in order]
         add_special_tokens = self._adds_special_tokens(text)
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        if not stand_ins:
-            return ids
-        found = [token for token in ids if token in self._vision.values()]
-        if found != [self._vision[marker] for marker, _ in order]:
+        if not owners:
+            return ids, ()
+        vision = self.vision_token_ids()
+        if [token for token in ids if token in vision] != [self._vision[marker] for marker, _ in owners]:
+            typed = ", ".join(sorted(stand_ins.values())) or "a vision token"
             raise ProcessorError(
-                f"The text spells out {', '.join(sorted(stand_ins.values()))} in a way that the tokenizer of "
-                f"{self.path} reads differently than it is written.  Remove it from the text."
+                f"The text spells out {typed} in a way that the tokenizer of {self.path} reads differently than "
+                "it is written.  Remove it from the text."
             )
         plain = {marker: encode_as_plain_text(self.tokenizer, marker) for marker in stand_ins.values()}
-        typed = iter(order)
         result: list[int] = []
+        spans: dict[int, Span] = {}
+        remaining = iter(owners)
         for token in ids:
-            marker, is_typed = next(typed) if token in self._vision.values() else ("", False)
-            result.extend(plain[marker] if is_typed else [token])
-        return result
+            marker, owner = next(remaining) if token in vision else ("", None)
+            if isinstance(owner, int):
+                start, _ = spans.get(owner, (len(result), 0))
+                spans[owner] = (start, len(result) + 1)
+            result.extend(plain[marker] if owner == "typed" else [token])
+        return result, tuple(spans[k] for k in range(len(image_texts)))
 
     def _adds_special_tokens(self, rendered: str) -> bool:
         """Hugging Face's rule for processors: the tokenizer adds its own unless the template wrote BOS."""
         bos = self.tokenizer.bos_token
         return bos is None or not rendered.startswith(bos)
 
-    def _process(self, images: list[Image]) -> tuple[dict[str, Tensor], list[int]]:
+    def _process(self, images: list[Image]) -> tuple[dict[str, Tensor], list[str]]:
         if not images:
             return {}, []
         try:
@@ -346,19 +389,6 @@ class VLMProcessor:
         except ValueError as error:  # e.g. an aspect ratio the family cannot resize
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
             raise ProcessorError(f"The images ({sizes} pixels) cannot be processed: {error}") from error
-
-
-def _expand(collapsed: list[int], slots: list[int], counts: list[int]) -> tuple[list[int], tuple[Span, ...]]:
-    """Repeat the placeholder at ``slots[k]`` ``counts[k]`` times; also the [start, end) of each run."""
-    expanded: list[int] = []
-    spans = []
-    copied = 0
-    for slot, count in zip(slots, counts, strict=True):
-        expanded += collapsed[copied:slot]
-        spans.append((len(expanded), len(expanded) + count))
-        expanded += [collapsed[slot]] * count
-        copied = slot + 1
-    return expanded + collapsed[copied:], tuple(spans)
 
 
 def _pad(rows: Sequence[Tensor], value: int, side: str) -> Tensor:

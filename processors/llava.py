@@ -20,7 +20,7 @@ class LlavaAdapter(VLMProcessor):
 
     @property
     def image_slot(self) -> str:
-        return f"{self.tokenizer.convert_ids_to_tokens(self.image_token_id)}\n"
+        return f"{self.image_token}\n"
 
     def load_image_processor(self, min_pixels: int | None, max_pixels: int | None) -> None:
         from transformers import AutoImageProcessor
@@ -41,9 +41,11 @@ class LlavaAdapter(VLMProcessor):
         given = {key: value for key, value in self.processor_settings.items() if value is not None}
         self.processor_settings = {**defaults, **given}
 
-    def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[int]]:
+    def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[str]]:
         pixels = self.image_processor(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels}, [self._count_tokens(*pixels.shape[-2:])] * len(images)
+        return {"pixel_values": pixels}, [self.image_token * self._count_tokens(*pixels.shape[-2:])] * len(
+            images
+        )
 
     def expected_image_tokens(self, height: int, width: int) -> int:
         processor = self.image_processor
@@ -51,7 +53,10 @@ class LlavaAdapter(VLMProcessor):
             return self._count_tokens(processor.crop_size["height"], processor.crop_size["width"])
         from PIL import Image
 
-        return self.process_images([Image.new("RGB", (width, height))])[1][0]
+        pixels = self.image_processor([Image.new("RGB", (width, height))], return_tensors="pt")[
+            "pixel_values"
+        ]
+        return self._count_tokens(*pixels.shape[-2:])
 
     def write_image_files(self, folder: Path) -> None:
         self.image_processor.save_pretrained(folder)

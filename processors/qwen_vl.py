@@ -50,10 +50,10 @@ class QwenVLAdapter(VLMProcessor):
                 f"max_pixels={most} (given here: {given}).  Set both so that 1 <= min_pixels <= max_pixels."
             )
 
-    def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[int]]:
+    def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[str]]:
         tensors = self.image_processor(images=images, return_tensors="pt")
-        patches = tensors["image_grid_thw"].prod(-1)
-        return dict(tensors), (patches // self.image_processor.merge_size**2).tolist()
+        counts = tensors["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
+        return dict(tensors), [self.image_token * count for count in counts.tolist()]
 
     def expected_image_tokens(self, height: int, width: int) -> int:
         try:
