@@ -14,11 +14,23 @@ from uniopd_mm.processors.errors import ProcessorError
 _Adapter = TypeVar("_Adapter", bound=type[VLMProcessor])
 
 _BUILT_IN = {
-    "llava": "uniopd_mm.processors.llava:LlavaAdapter",
-    "qwen2_5_vl": "uniopd_mm.processors.qwen_vl:QwenVLAdapter",
-    "qwen3_vl": "uniopd_mm.processors.qwen_vl:QwenVLAdapter",
+    "llava": "llava:LlavaAdapter",
+    "llava_next": "llava_next:LlavaNextAdapter",
+    "llava_onevision": "llava_onevision:LlavaOnevisionAdapter",
+    "qwen2_vl": "qwen_vl:QwenVLAdapter",
+    "qwen2_5_vl": "qwen_vl:QwenVLAdapter",
+    "qwen3_vl": "qwen_vl:QwenVLAdapter",
+    "qwen3_vl_moe": "qwen_vl:QwenVLAdapter",
+    "qwen3_5": "qwen_vl:QwenVLAdapter",
+    "qwen3_5_moe": "qwen_vl:QwenVLAdapter",
+    "internvl": "internvl:InternVLAdapter",
+    "gemma3": "gemma3:Gemma3Adapter",
+    "gemma4": "gemma4:Gemma4Adapter",
+    "idefics3": "idefics3:Idefics3Adapter",
+    "smolvlm": "idefics3:Idefics3Adapter",
 }
-_TEXT_ONLY = "uniopd_mm.processors.text:TextAdapter"
+"""config.model_type -> module of this package and class."""
+_TEXT_ONLY = "text:TextAdapter"
 _registered: dict[str, type[VLMProcessor]] = {}
 
 
@@ -101,7 +113,7 @@ def _find_adapter(model_type: str) -> type[VLMProcessor]:
             + "  To add a family, see processors/README.md and @register_processor."
         )
     module, name = target.split(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
 
 
 def _is_text_only(model_type: str) -> bool:

@@ -7,78 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import tiny
 import torch
+from families import FAMILIES
 from PIL import Image
 
 from uniopd_mm.processors import VLMProcessor, get_processor
 
-# The published templates, without their tool-call branches.
-LLAVA_15_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% "
-    "endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% "
-    "endfor %}"
-    "{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' "
-    "'}}{% endfor %}"
-    "{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-QWEN_25_VL_TEMPLATE = (
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in "
-    "messages %}"
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful "
-    "assistant.<|im_end|>\n"
-    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ "
-    "message['content'] }}<|im_end|>\n"
-    "{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-    "{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value "
-    "}}: {% endif %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif "
-    "%}{% endfor %}"
-    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-QWEN_3_VL_TEMPLATE = """{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].content is string %}
-        {{- messages[0].content }}
-    {%- else %}
-        {%- for content in messages[0].content %}
-            {%- if 'text' in content %}
-                {{- content.text }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>\\n' }}
-{%- endif %}
-{%- set image_count = namespace(value=0) %}
-{%- for message in messages %}
-    {%- if message.role == "user" or message.role == "assistant" %}
-        {{- '<|im_start|>' + message.role + '\\n' }}
-        {%- if message.content is string %}
-            {{- message.content }}
-        {%- else %}
-            {%- for content in message.content %}
-                {%- if content.type == 'image' or 'image' in content or 'image_url' in content %}
-                    {%- set image_count.value = image_count.value + 1 %}
-                    {%- if add_vision_id %}Picture {{ image_count.value }}: {% endif -%}
-                    <|vision_start|><|image_pad|><|vision_end|>
-                {%- elif 'text' in content %}
-                    {{- content.text }}
-                {%- endif %}
-            {%- endfor %}
-        {%- endif %}
-        {{- '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+# The published template of Qwen3, without its tool-call branches.
 QWEN_3_TEMPLATE = """{%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
 {%- endif %}
@@ -111,68 +49,21 @@ class Family:
     adapter: VLMProcessor
     reference: Any
     """The family's own processor."""
+    load_reference: Callable[[Path], Any]
 
 
-def _llava_reference(folder: Path) -> Any:
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(folder)
+VARIANTS = (*FAMILIES, "llava, SentencePiece")
 
 
-def _qwen_reference(name: str) -> Callable[[Path], Any]:
-    """The family's processor class without its video half, which exists only beside torchvision."""
-
-    def load(folder: Path) -> Any:
-        import transformers
-
-        base = getattr(transformers, name)
-
-        class WithoutVideo(base):
-            def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-                if argument_name == "video_processor":
-                    return None
-                return super().check_argument_for_proper_class(argument_name, argument)
-
-        return WithoutVideo(
-            transformers.AutoImageProcessor.from_pretrained(folder),
-            transformers.AutoTokenizer.from_pretrained(folder),
-            None,
-            chat_template=(folder / "chat_template.jinja").read_text(),
-        )
-
-    return load
-
-
-FAMILIES = {
-    "llava": (tiny.build_llava, {"chat_template": LLAVA_15_TEMPLATE}, _llava_reference),
-    "llava, SentencePiece": (
-        tiny.build_llava,
-        {"chat_template": LLAVA_15_TEMPLATE, "tokenizer": "byte_fallback"},
-        _llava_reference,
-    ),
-    "qwen2_5_vl": (
-        tiny.build_qwen2_5_vl,
-        {"chat_template": QWEN_25_VL_TEMPLATE},
-        _qwen_reference("Qwen2_5_VLProcessor"),
-    ),
-    "qwen3_vl": (
-        tiny.build_qwen3_vl,
-        {"chat_template": QWEN_3_VL_TEMPLATE},
-        _qwen_reference("Qwen3VLProcessor"),
-    ),
-}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=VARIANTS)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    build, options, load_reference = FAMILIES[request.param]
-    if "tokenizer" in options:
-        options = {
-            **options,
-            "tokenizer": _with_start_token(tiny.make_tokenizer(640, kind=options["tokenizer"])),
-        }
-    folder = build(tmp_path_factory.mktemp("model"), **options)
-    return Family(get_processor(folder), load_reference(folder))
+    name, _, tokenizer = request.param.partition(", ")
+    module = families.family(name)
+    options = {"chat_template": module.CHAT_TEMPLATE}
+    if tokenizer:
+        options["tokenizer"] = _with_start_token(tiny.make_tokenizer(640, kind="byte_fallback"))
+    folder = module.build(tmp_path_factory.mktemp("model"), **options)
+    return Family(get_processor(folder), module.reference(folder), module.reference)
 
 
 def _with_start_token(tokenizer: Any) -> Any:
@@ -297,15 +188,11 @@ def test_a_batch_equals_the_batch_of_the_familys_own_processor(family: Family) -
 
 def test_the_saved_processor_loads_as_the_familys_own(family: Family, tmp_path: Path) -> None:
     family.adapter.save_pretrained(tmp_path)
-    is_llava = family.adapter.model_type == "llava"
-    load = (
-        _llava_reference
-        if is_llava
-        else _qwen_reference(family.adapter.processor_classes[family.adapter.model_type])
-    )
     family.adapter.config.save_pretrained(tmp_path)  # AutoProcessor finds the family by config.json
     messages = CONVERSATIONS["multi-turn with images in both turns"]
-    saved = load(tmp_path).apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    saved = family.load_reference(tmp_path).apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     prompt = family.adapter.encode(messages, images_of(messages), add_generation_prompt=False)
     assert prompt.input_ids.tolist() == saved["input_ids"][0].tolist()
     assert torch.equal(prompt.model_inputs["pixel_values"], saved["pixel_values"])
