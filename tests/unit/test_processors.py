@@ -4,9 +4,10 @@ lightness."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from families import FAMILIES, family
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,11 +32,7 @@ from uniopd_mm.processors.llava import LlavaAdapter
 from uniopd_mm.processors.qwen_vl import QwenVLAdapter
 
 ROOT = Path(__file__).parents[2]
-VISION = {
-    "llava": tiny.build_llava,
-    "qwen2_5_vl": tiny.build_qwen2_5_vl,
-    "qwen3_vl": tiny.build_qwen3_vl,
-}
+QWEN = tuple(name for name in FAMILIES if name.startswith("qwen"))
 STRINGS_ONLY = (
     "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n{% endfor %}"
 )
@@ -48,7 +46,7 @@ examples = settings(
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {
-        **{name: build(root / name) for name, build in VISION.items()},
+        **{name: family(name).build(root / name) for name in FAMILIES},
         "text": tiny.build_text(root / "text"),
         "sentencepiece": tiny.build_text(
             root / "sentencepiece", family="llama", tokenizer=tiny.make_tokenizer(640, kind="byte_fallback")
@@ -61,7 +59,7 @@ def adapters(folders: dict[str, Path]) -> dict[str, VLMProcessor]:
     return {name: get_processor(folder) for name, folder in folders.items()}
 
 
-@pytest.fixture(params=VISION)
+@pytest.fixture(params=FAMILIES)
 def seeing(request: pytest.FixtureRequest, adapters: dict[str, VLMProcessor]) -> VLMProcessor:
     return adapters[request.param]
 
@@ -82,18 +80,26 @@ A, B = tiny.random_image(90, 60, 1), tiny.random_image(40, 130, 2)
 # ---- counts and spans
 
 
+def count_placeholders(adapter: VLMProcessor, prompt: EncodedPrompt) -> int:
+    return int((prompt.input_ids == adapter.image_token_id).sum())
+
+
+def pieces_of(ids: torch.Tensor, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """The ids of each span."""
+    return [ids[start:end].tolist() for start, end in spans]
+
+
 @examples
 @given(width=st.integers(1, 400), height=st.integers(1, 400))
 def test_expected_image_tokens_is_what_encode_gives(seeing: VLMProcessor, width: int, height: int) -> None:
     assume(max(width, height) / min(width, height) <= 200)
     prompt = seeing.encode(user(None), [Image.new("RGB", (width, height))])
-    (start, end), *_ = prompt.image_spans
-    assert end - start == seeing.expected_image_tokens(height, width)
+    assert count_placeholders(seeing, prompt) == seeing.expected_image_tokens(height, width)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", QWEN)
 def test_pixel_bounds_are_those_asked_for(folders: dict[str, Path], name: str) -> None:
-    side = 28 if name == "qwen2_5_vl" else 32
+    side = 28 if name in ("qwen2_vl", "qwen2_5_vl") else 32
     square = side * side
     small = get_processor(folders[name], min_pixels=4 * square, max_pixels=6 * square)
     large = get_processor(folders[name], min_pixels=50 * square, max_pixels=80 * square)
@@ -101,38 +107,41 @@ def test_pixel_bounds_are_those_asked_for(folders: dict[str, Path], name: str) -
         for size in ((20, 20), (300, 300), (200, 300)):
             assert least <= adapter.expected_image_tokens(*size) <= most
             prompt = adapter.encode(user(None), [Image.new("RGB", size[::-1])])
-            assert int((prompt.input_ids == adapter.image_token_id).sum()) == adapter.expected_image_tokens(
-                *size
-            )
+            assert count_placeholders(adapter, prompt) == adapter.expected_image_tokens(*size)
     with pytest.raises(ProcessorError, match="Set both"):
         get_processor(folders[name], min_pixels=50 * square, max_pixels=10)
 
 
-@pytest.mark.parametrize("name", ["llava", "text"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "gemma3", "text"])
 def test_pixel_bounds_that_would_do_nothing_are_an_error(folders: dict[str, Path], name: str) -> None:
     with pytest.raises(ProcessorError, match="max_pixels"):
         get_processor(folders[name], max_pixels=1000)
 
 
-def test_spans_cover_exactly_the_placeholders_of_each_image(seeing: VLMProcessor) -> None:
+def test_spans_hold_all_of_an_image_and_nothing_else(seeing: VLMProcessor) -> None:
     prompt = seeing.encode(user("a", None, "b", None, "c"), [A, B])
-    where = [position for start, end in prompt.image_spans for position in range(start, end)]
-    assert where == (prompt.input_ids == seeing.image_token_id).nonzero().flatten().tolist()
-    assert [end - start for start, end in prompt.image_spans] == [
-        seeing.expected_image_tokens(image.height, image.width) for image in (A, B)
-    ]
-    collapsed = [position for start, end in prompt.collapsed_spans for position in range(start, end)]
-    assert collapsed == (prompt.collapsed_ids == seeing.image_token_id).nonzero().flatten().tolist()
-    assert len(collapsed) == 2
+    images, vision = pieces_of(prompt.input_ids, prompt.image_spans), seeing.vision_token_ids()
+    assert len(images) == 2
+    assert sum(image.count(seeing.image_token_id) for image in images) == count_placeholders(seeing, prompt)
+    assert all(image[0] in vision and image[-1] in vision for image in images)
+    outside = seeing.decode_tokens(seeing.strip_vision(prompt.input_ids))
+    inside = "".join(seeing.decode_tokens([i for image in images for i in image if i not in vision]))
+    inside = re.sub(r"<(row_\d+_col_\d+|global-img)>", "", inside)  # where they are no tokens of their own
+    assert not inside.strip() and {"a", "b", "c"} <= {text.strip() for text in outside}
+    marker = seeing.tokenizer.convert_tokens_to_ids(seeing.image_marker)
+    assert pieces_of(prompt.collapsed_ids, prompt.collapsed_spans) == [[marker], [marker]]
+    assert prompt.collapsed_ids.tolist().count(marker) == 2
 
 
-def test_expanding_the_collapsed_ids_gives_the_input_ids(seeing: VLMProcessor) -> None:
-    prompt = seeing.encode(user(None, "a", None), [A, B])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma3"])  # adds line breaks around
+def test_expanding_the_collapsed_ids_gives_the_input_ids(
+    adapters: dict[str, VLMProcessor], name: str
+) -> None:
+    prompt = adapters[name].encode(user(None, "a", None), [A, B])
     rebuilt, last = [], 0
-    for (start, end), (long_start, long_end) in zip(prompt.collapsed_spans, prompt.image_spans, strict=True):
-        rebuilt += prompt.collapsed_ids[last:start].tolist() + [seeing.image_token_id] * (
-            long_end - long_start
-        )
+    images = pieces_of(prompt.input_ids, prompt.image_spans)
+    for (start, end), image in zip(prompt.collapsed_spans, images, strict=True):
+        rebuilt += prompt.collapsed_ids[last:start].tolist() + image
         last = end
     assert rebuilt + prompt.collapsed_ids[last:].tolist() == prompt.input_ids.tolist()
 
@@ -159,6 +168,12 @@ def test_stripping_vision_tokens_keeps_the_kind_and_the_rest(seeing: VLMProcesso
 
 FRAGMENTS = (
     *tiny.VISION_TOKENS,
+    "<IMG_CONTEXT>",
+    "<start_of_image>",
+    "<image_soft_token>",
+    "<fake_token_around_image>",
+    "<row_1_col_1>",
+    "<|image|>",
     "the answer",
     " ",
     "日\U0001f642",
@@ -176,9 +191,10 @@ def test_a_typed_marker_is_text_and_never_an_image(seeing: VLMProcessor, texts: 
     images = [A] * (len(texts) - 1)
     parts = [part for text in texts for part in (text, None)][:-1]
     prompt = seeing.encode(user(*parts), images)
-    assert (
-        int((prompt.collapsed_ids == seeing.image_token_id).sum()) == len(images) == len(prompt.image_spans)
-    )
+    marker = seeing.tokenizer.convert_tokens_to_ids(seeing.image_marker)
+    assert prompt.collapsed_ids.tolist().count(marker) == len(images) == len(prompt.image_spans)
+    wanted = count_placeholders(seeing, seeing.encode(user(*[None] * len(images)), images))
+    assert count_placeholders(seeing, prompt) == wanted
     written = seeing.tokenizer.decode(prompt.collapsed_ids, skip_special_tokens=False)
     assert seeing.image_slot.join(texts) in written
 
@@ -240,7 +256,7 @@ def test_a_bad_image_is_an_error_that_says_which(seeing: VLMProcessor, bad: Any)
         seeing.encode(user(None, None), [A, _truncated() if bad == "truncated" else bad])
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", QWEN)
 def test_an_image_too_narrow_for_the_family_is_an_error(adapters: dict[str, VLMProcessor], name: str) -> None:
     with pytest.raises(ProcessorError, match="1000 x 2"):
         adapters[name].encode(user(None), [Image.new("RGB", (1000, 2))])
@@ -315,12 +331,12 @@ def test_text_reaches_templates_that_take_strings_only(tmp_path: Path) -> None:
     assert "the answer" in adapter.decode(as_parts.input_ids)
 
 
-@pytest.mark.parametrize("build", VISION.values())
-def test_images_reach_templates_of_text_models(build: Callable[..., Path], tmp_path: Path) -> None:
-    adapter = get_processor(build(tmp_path, chat_template=STRINGS_ONLY))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_reach_templates_of_text_models(name: str, tmp_path: Path) -> None:
+    adapter = get_processor(family(name).build(tmp_path, chat_template=STRINGS_ONLY))
     prompt = adapter.encode(user(None, "what is <image>?"), [A])
     assert len(prompt.image_spans) == 1
-    assert adapter.tokenizer.decode(prompt.collapsed_ids) == (
+    assert adapter.tokenizer.decode(prompt.collapsed_ids).endswith(  # after Gemma's <bos>
         f"<|im_start|>user\n{adapter.image_slot}what is <image>?<|im_end|>\n"
     )
 
@@ -392,9 +408,13 @@ def test_a_batch_may_mix_none_one_and_several_images_and_repeat_a_prompt(
     )
     prompts = [one, none, two, one]
     batch = seeing.collate(prompts, padding_side=side)
-    assert torch.equal(
-        batch["pixel_values"], torch.cat([p.model_inputs["pixel_values"] for p in prompts if p is not none])
-    )
+    for name in one.model_inputs.keys() - set(seeing.token_inputs):
+        rows = iter(batch[name])
+        for tensor in (item for p in (one, two, one) for item in p.model_inputs[name]):
+            row = next(rows)
+            assert torch.equal(row[tuple(slice(n) for n in tensor.shape)], tensor)
+            assert row.abs().sum() == tensor.abs().sum()  # the rest of a row is padding
+        assert next(rows, None) is None
     for row, prompt in enumerate(prompts):
         real = batch["attention_mask"][row].bool()
         assert batch["input_ids"][row][real].tolist() == prompt.input_ids.tolist()
@@ -441,9 +461,9 @@ def test_rgb_images_pass_unchanged() -> None:
 
 
 def test_an_unknown_model_type_lists_the_known_ones_and_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_7_vl"}')
     with pytest.raises(
-        ProcessorError, match=r"(?s)'qwen2_vl'.*llava, qwen2_5_vl, qwen3_vl.*nearest is 'qwen2_5_vl'"
+        ProcessorError, match=r"(?s)'qwen2_7_vl'.*llava, .*, qwen2_5_vl, .*nearest is 'qwen2_\w*vl'"
     ):
         get_processor(tmp_path)
 
@@ -468,6 +488,7 @@ def test_third_parties_can_register_and_take_over(
     from uniopd_mm.processors import registry
 
     monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.delitem(registry._BUILT_IN, "qwen2_vl")
 
     @register_processor("qwen2_vl")
     class Mine(QwenVLAdapter):
@@ -492,7 +513,7 @@ def test_third_parties_can_register_and_take_over(
 # ---- files
 
 
-@pytest.mark.parametrize("name", [*VISION, "text", "sentencepiece"])
+@pytest.mark.parametrize("name", [*FAMILIES, "text", "sentencepiece"])
 def test_a_saved_processor_encodes_as_before(
     folders: dict[str, Path], adapters: dict[str, VLMProcessor], name: str, tmp_path: Path
 ) -> None:
@@ -507,13 +528,22 @@ def test_a_saved_processor_encodes_as_before(
         assert torch.equal(after.model_inputs[key], tensor)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
-def test_a_saved_qwen_folder_keeps_its_video_settings(
-    folders: dict[str, Path], name: str, tmp_path: Path
-) -> None:
+WITHOUT_VIDEO = ("llava", "llava_next", "gemma3", "idefics3")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_VIDEO])
+def test_a_saved_folder_keeps_the_video_settings(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
     get_processor(folders[name]).save_pretrained(tmp_path)
-    file = "video_preprocessor_config.json"
-    assert json.loads((tmp_path / file).read_text()) == json.loads((folders[name] / file).read_text())
+    assert (tmp_path / "video_preprocessor_config.json").exists()
+    assert video_settings(tmp_path) == video_settings(folders[name])
+
+
+def video_settings(folder: Path) -> dict[str, Any]:
+    """As transformers finds them: in a file of their own, or among those of the images in older folders."""
+    from transformers.video_processing_utils import BaseVideoProcessor
+
+    settings, _ = BaseVideoProcessor.get_video_processor_dict(folder)
+    return {key: value for key, value in settings.items() if not key.endswith("_processor_type")}
 
 
 # ---- lightness

@@ -1,0 +1,97 @@
+"""InternVL (the layout of transformers): an image becomes a grid of square tiles, and is shown once more whole.
+
+The family's own AutoProcessor also builds a video processor, which exists only beside torchvision.  Images
+need the image processor alone, so this adapter works with and without torchvision.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from uniopd_mm.processors.base import VLMProcessor, write_json
+from uniopd_mm.processors.errors import ProcessorError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+class InternVLAdapter(VLMProcessor):
+    """``pixel_values`` [tiles of all images, 3, H, W]; an image of several tiles has one more, the whole of it.
+
+    An image takes its start token, ``image_seq_length`` placeholders for each tile, and its end token.
+    ``min_pixels`` and ``max_pixels`` bound the area of its grid: they set the fewest and the most tiles
+    (``min_patches``, ``max_patches``).  The view of the whole is not counted.
+    """
+
+    processor_classes: ClassVar = {"internvl": "InternVLProcessor"}
+
+    @property
+    def image_slot(self) -> str:
+        return f"{self.image_token}\n"
+
+    def load_image_processor(self, min_pixels: int | None, max_pixels: int | None) -> None:
+        from transformers import AutoImageProcessor
+
+        # The family's processor cuts images into tiles whatever preprocessor_config.json says of it.
+        self.image_processor = AutoImageProcessor.from_pretrained(self.path, **self.hub, crop_to_patches=True)
+        self._bound_tiles(min_pixels, max_pixels)
+        self._start, self._end = self._named_token("start_image_token"), self._named_token("end_image_token")
+        given = {key: value for key, value in self.processor_settings.items() if value is not None}
+        self.processor_settings = {"image_seq_length": self.config.image_seq_length, **given}
+
+    def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[str]]:
+        tensors = self.image_processor(images, return_tensors="pt")
+        per_tile = self.image_token * self.processor_settings["image_seq_length"]
+        texts = [f"{self._start}{per_tile * tiles}{self._end}" for tiles in tensors["num_patches"].tolist()]
+        return {"pixel_values": tensors["pixel_values"]}, texts
+
+    def expected_image_tokens(self, height: int, width: int) -> int:
+        tiles = self.image_processor.get_number_of_image_patches(height, width)
+        return tiles * self.processor_settings["image_seq_length"]
+
+    def write_image_files(self, folder: Path) -> None:
+        self.image_processor.save_pretrained(folder)
+        write_json(folder / "video_preprocessor_config.json", self._video_settings())
+
+    def _bound_tiles(self, min_pixels: int | None, max_pixels: int | None) -> None:
+        processor = self.image_processor
+        height, width = processor.size["height"], processor.size["width"]
+        if min_pixels is not None:
+            processor.min_patches = max(1, math.ceil(min_pixels / (height * width)))
+        if max_pixels is not None:
+            processor.max_patches = max_pixels // (height * width)
+        if not 1 <= processor.min_patches <= processor.max_patches:
+            given = f"min_pixels={min_pixels}, max_pixels={max_pixels}"
+            raise ProcessorError(
+                f"{self.path} cannot cut images into at least {processor.min_patches} and at most "
+                f"{processor.max_patches} tiles of {width} x {height} = {height * width} pixels (given here: "
+                f"{given}).  Set both so that min_pixels <= n * {height * width} <= max_pixels for a number of "
+                "tiles n from 1 on."
+            )
+
+    def _named_token(self, name: str) -> str:
+        token = getattr(self.tokenizer, name, None)
+        if token not in self._vision:
+            raise ProcessorError(
+                f"The tokenizer of {self.path} has {token!r} as its {name}; expected a vision token.  Write "
+                'these into tokenizer_config.json: "extra_special_tokens": {"start_image_token": "<img>", '
+                '"end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}.'
+            )
+        return token
+
+    def _video_settings(self) -> dict[str, Any]:
+        """The model's own video settings; without them AutoProcessor and servers refuse the saved folder."""
+        from transformers.video_processing_utils import BaseVideoProcessor
+
+        try:
+            settings, _ = BaseVideoProcessor.get_video_processor_dict(self.path, **self.hub)
+        except OSError:  # the folder has none
+            settings = {}
+        if "video_processor_type" in settings:
+            return settings
+        images = self.image_processor.to_dict()  # older folders: frames are prepared as tiles are
+        shared = {name: images[name] for name in ("size", "image_mean", "image_std")}
+        return {"video_processor_type": "InternVLVideoProcessor", **shared}
