@@ -34,7 +34,7 @@ EXTRAS = {
     "train": TRAIN,
     "data": [*DATA, *FIGURES],
     "eval": [*DATA, *VERIFIERS],
-    "vision": ["torchvision", "qwen-vl-utils"],
+    "vision": ["torchvision", "qwen-vl-utils>=0.0.14"],
     "lora": LORA,
     "quickstart": QUICKSTART,
     # Compiles against an installed torch: pip install --no-build-isolation "uniopd-mm[flash]"
@@ -43,8 +43,10 @@ EXTRAS = {
         *(TRAIN + LORA + QUICKSTART),
         "build",
         "hypothesis",
+        "num2words",  # SmolVLM's own processor, which the tests compare with
         "pre-commit",
         "pytest",
+        "qwen-vl-utils>=0.0.14",
         "ruff",
         "setuptools>=77",
         "wheel",

@@ -26,6 +26,7 @@ Span = tuple[int, int]
 """[start, end) in token positions."""
 
 _CONFIG_VISION_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+VIDEO_FILE = "video_preprocessor_config.json"
 _SUB_PROCESSORS = ("chat_template", "tokenizer", "image_processor", "video_processor")
 
 
@@ -266,7 +267,29 @@ class VLMProcessor:
             write_json(folder / "processor_config.json", {**named, **self.processor_settings})
             self.write_image_files(folder)
 
+    def write_video_settings(self, folder: Path, video_processor_type: str, shared: Sequence[str]) -> None:
+        """The model's own video settings, without which AutoProcessor and servers refuse the saved folder.  A model
+        folder may have none: then the family's video processor with the ``shared`` settings of images."""
+        settings = self.read_video_settings()
+        if "video_processor_type" not in settings:
+            images = self.image_processor.to_dict()
+            settings = {
+                "video_processor_type": video_processor_type,
+                **{name: images[name] for name in shared},
+            }
+        write_json(folder / VIDEO_FILE, settings)
+
     # ---- steps
+
+    def read_video_settings(self) -> dict[str, Any]:
+        """As transformers finds them: in processor_config.json, in a file of their own, or in older folders among
+        the settings of images; {} if there are none of either."""
+        from transformers.video_processing_utils import BaseVideoProcessor
+
+        try:
+            return BaseVideoProcessor.get_video_processor_dict(self.path, **self.hub)[0]
+        except OSError:
+            return {}
 
     def read_processor_files(self) -> dict[str, Any]:
         """processor_config.json and the processor's chat template, as Hugging Face joins them; {} if none."""
@@ -290,6 +313,16 @@ class VLMProcessor:
                 'placeholder was never added: tokenizer.add_tokens(["<image>"], special_tokens=True).'
             )
         return token_id
+
+    def named_token(self, name: str, example: str) -> str:
+        """A vision token by its name in tokenizer_config.json; ``example`` is what that file should hold."""
+        token = getattr(self.tokenizer, name, None)
+        if token not in self._vision:
+            raise ProcessorError(
+                f"The tokenizer of {self.path} has {token!r} as its {name}; expected a vision token.  Write into "
+                f'tokenizer_config.json: "extra_special_tokens": {example}.'
+            )
+        return token
 
     def _find_stop_ids(self) -> list[int]:
         from transformers import GenerationConfig

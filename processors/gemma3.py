@@ -23,6 +23,10 @@ _PAN_AND_SCAN = {
 }
 """Pixels, crops, longer by shorter side: the family's values, which its published files leave empty."""
 
+_NAMED_TOKENS = (
+    '{"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}'
+)
+
 
 class Gemma3Adapter(VLMProcessor):
     """``pixel_values`` [images and their crops, 3, H, W] and ``token_type_ids`` [P], 1 at soft tokens (they see
@@ -39,7 +43,7 @@ class Gemma3Adapter(VLMProcessor):
 
     @property
     def image_marker(self) -> str:
-        return self._named_token("boi_token")
+        return self.named_token("boi_token", _NAMED_TOKENS)
 
     def load_image_processor(self, min_pixels: int | None, max_pixels: int | None) -> None:
         from transformers import AutoImageProcessor
@@ -56,7 +60,8 @@ class Gemma3Adapter(VLMProcessor):
         given = {key: value for key, value in self.processor_settings.items() if value is not None}
         self.processor_settings = {"image_seq_length": self.config.mm_tokens_per_image, **given}
         soft_tokens = self.image_token * self.processor_settings["image_seq_length"]
-        self._square = f"\n\n{self.image_marker}{soft_tokens}{self._named_token('eoi_token')}\n\n"
+        end = self.named_token("eoi_token", _NAMED_TOKENS)
+        self._square = f"\n\n{self.image_marker}{soft_tokens}{end}\n\n"
 
     def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[str]]:
         tensors = self.image_processor(images, return_tensors="pt")
@@ -90,13 +95,3 @@ class Gemma3Adapter(VLMProcessor):
         crops = max(2, min(math.floor(longer / shorter + 0.5), longer // smallest))
         crops = min(crops, processor.pan_and_scan_max_num_crops)
         return crops if min(math.ceil(longer / crops), shorter) >= smallest else 0
-
-    def _named_token(self, name: str) -> str:
-        token = getattr(self.tokenizer, name, None)
-        if token not in self._vision:
-            raise ProcessorError(
-                f"The tokenizer of {self.path} has {token!r} as its {name}; expected a vision token.  Write "
-                'these into tokenizer_config.json: "extra_special_tokens": {"boi_token": "<start_of_image>", '
-                '"eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}.'
-            )
-        return token

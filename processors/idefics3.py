@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from uniopd_mm.processors.base import VLMProcessor, write_json
+from uniopd_mm.processors.base import VIDEO_FILE, VLMProcessor, write_json
 from uniopd_mm.processors.errors import ProcessorError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Idefics3Adapter(VLMProcessor):
     def write_image_files(self, folder: Path) -> None:
         self.image_processor.save_pretrained(folder)
         if self.model_type == "smolvlm":
-            write_json(folder / "video_preprocessor_config.json", self._video_settings())
+            write_json(folder / VIDEO_FILE, self._video_settings())
 
     def _image_text(self, rows: int, cols: int) -> str:
         """What stands for an image cut into so many tiles; 0 x 0 is an image of a single tile."""
@@ -146,12 +146,7 @@ class Idefics3Adapter(VLMProcessor):
     def _video_settings(self) -> dict[str, Any]:
         """The model's own video settings, wherever its folder keeps them; without them AutoProcessor and servers
         refuse the saved folder, or take the settings of images for those of videos."""
-        from transformers.video_processing_utils import BaseVideoProcessor
-
-        try:
-            settings, _ = BaseVideoProcessor.get_video_processor_dict(self.path, **self.hub)
-        except OSError:  # the folder has none: the family's defaults
-            settings = {}
+        settings = self.read_video_settings()
         kept = {key: value for key, value in settings.items() if key != "image_processor_type"}
         return {"video_processor_type": "SmolVLMVideoProcessor", **kept}
 

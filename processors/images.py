@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from importlib import metadata, util
 from typing import TYPE_CHECKING, Any
@@ -12,32 +13,87 @@ from uniopd_mm.processors.errors import ProcessorError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_TORCH_WHEELS = "https://download.pytorch.org/whl"
+
 
 def to_rgb(image: Any, label: str = "The image") -> Image:
-    """Upright RGB copy: EXIF rotation applied, transparency on white, as transformers' image processors do.
+    """Upright RGB copy: EXIF rotation applied as transformers does to files, transparency on white as its image
+    processors do, first frame of an animation.
 
-    ``label`` names the image in errors.
+    A ProcessorError that begins with ``label`` for anything that is no picture, cannot be decoded, is larger than
+    Pillow trusts (PIL.Image.MAX_IMAGE_PIXELS) or has brightness values that 8 bits would cut off.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if not isinstance(image, Image.Image):
         found = type(image).__name__
         raise ProcessorError(f"{label} is a {found}; expected a PIL image: PIL.Image.open(path).")
+    require_pixels(image.width, image.height, label)  # as the file's header says, before anything is decoded
+    _decode(image, label)
+    _require_8_bits(image, label)
     try:
-        upright = ImageOps.exif_transpose(image)
-        if upright.has_transparency_data:
-            white = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(white, upright.convert("RGBA"))
-        upright = upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for truncated and malformed files
-        raise ProcessorError(f"{label} cannot be decoded: {error}.") from error
-    if 0 in upright.size:
-        raise ProcessorError(f"{label} has no pixels ({upright.width} x {upright.height}).")
-    return upright
+        return _upright_on_white(image)
+    # Damaged metadata fails with anything at all, even SyntaxError.
+    except Exception as error:
+        raise ProcessorError(f"{label} cannot be converted to RGB: {_say(error)}.") from error
 
 
 def to_rgb_all(images: Sequence[Any]) -> list[Image]:
     return [to_rgb(image, f"Image {index + 1} of {len(images)}") for index, image in enumerate(images)]
+
+
+def require_pixels(width: int, height: int, label: str) -> None:
+    """ProcessorError unless an image of this size has pixels, and no more than Pillow trusts a file to have.
+
+    Pillow itself warns at the same limit, and refuses only twice as many.
+    """
+    from PIL import Image
+
+    if width < 1 or height < 1:
+        raise ProcessorError(f"{label} has no pixels ({width} x {height}).")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ProcessorError(
+            f"{label} is too large: {width} x {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}.  "
+            "Shrink it, or raise that limit if you trust it."
+        )
+
+
+def _decode(image: Image, label: str) -> None:
+    try:
+        image.load()
+    # Decoders fail with anything at all on damaged bytes: struct.error, EOFError, IndexError, ...
+    except Exception as error:
+        image.close()  # asked a second time, Pillow hands out the part that it had decoded (JPEG 2000)
+        raise ProcessorError(f"{label} cannot be decoded: {_say(error)}.") from error
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(".")
+
+
+def _require_8_bits(image: Image, label: str) -> None:
+    """Modes I;16, I and F hold any number; converting them to RGB makes white of all above 255."""
+    if not image.mode.startswith(("I", "F")):
+        return
+    wide = image.convert("F") if image.mode.startswith("I;") else image
+    least, most = wide.getextrema()
+    if not (least >= 0 and most <= 255):
+        raise ProcessorError(
+            f"{label} has brightness values from {least:g} to {most:g} (mode {image.mode}); expected 0 to 255, the "
+            "others would be cut off.  Scale it, for 16 bits: "
+            'image.convert("I").point(lambda value: value / 256).convert("L").'
+        )
+
+
+def _upright_on_white(image: Image) -> Image:
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.has_transparency_data:
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+    return upright.convert("RGB")
 
 
 def require_working_torchvision() -> None:
@@ -50,13 +106,14 @@ def require_working_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        import torch
-
+        torch = _version("torch")
+        build = re.search(r"\+(cpu|xpu|cu\d+|rocm[\d.]+)$", torch)  # wheels from elsewhere than PyPI
+        index = f" --index-url {_TORCH_WHEELS}/{build[1]}" if build else ""
         raise ProcessorError(
-            f"torchvision {_version('torchvision')} is installed but cannot be imported beside torch "
-            f"{torch.__version__} ({type(error).__name__}: {error}).  Either remove it, and images are "
-            "processed with Pillow: pip uninstall torchvision.  Or install the build made for this torch, "
-            "from the same index as torch."
+            f"torchvision {_version('torchvision')} is installed but cannot be imported beside torch {torch} "
+            f"({type(error).__name__}: {error}).  Remove it, and images are processed with Pillow: pip uninstall "
+            f"torchvision.  To have it, install then the build made for this torch: pip install torch=={torch} "
+            f"torchvision{index}"
         ) from error
 
 

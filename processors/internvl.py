@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from uniopd_mm.processors.base import VLMProcessor, write_json
+from uniopd_mm.processors.base import VLMProcessor
 from uniopd_mm.processors.errors import ProcessorError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+
+_NAMED_TOKENS = (
+    '{"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", '
+    '"video_token": "<video>"}'
+)
 
 
 class InternVLAdapter(VLMProcessor):
@@ -38,7 +43,9 @@ class InternVLAdapter(VLMProcessor):
         # The family's processor cuts images into tiles whatever preprocessor_config.json says of it.
         self.image_processor = AutoImageProcessor.from_pretrained(self.path, **self.hub, crop_to_patches=True)
         self._bound_tiles(min_pixels, max_pixels)
-        self._start, self._end = self._named_token("start_image_token"), self._named_token("end_image_token")
+        self._start, self._end = (
+            self.named_token(f"{end}_image_token", _NAMED_TOKENS) for end in ("start", "end")
+        )
         given = {key: value for key, value in self.processor_settings.items() if value is not None}
         self.processor_settings = {"image_seq_length": self.config.image_seq_length, **given}
 
@@ -54,7 +61,7 @@ class InternVLAdapter(VLMProcessor):
 
     def write_image_files(self, folder: Path) -> None:
         self.image_processor.save_pretrained(folder)
-        write_json(folder / "video_preprocessor_config.json", self._video_settings())
+        self.write_video_settings(folder, "InternVLVideoProcessor", ("size", "image_mean", "image_std"))
 
     def _bound_tiles(self, min_pixels: int | None, max_pixels: int | None) -> None:
         processor = self.image_processor
@@ -71,27 +78,3 @@ class InternVLAdapter(VLMProcessor):
                 f"{given}).  Set both so that min_pixels <= n * {height * width} <= max_pixels for a number of "
                 "tiles n from 1 on."
             )
-
-    def _named_token(self, name: str) -> str:
-        token = getattr(self.tokenizer, name, None)
-        if token not in self._vision:
-            raise ProcessorError(
-                f"The tokenizer of {self.path} has {token!r} as its {name}; expected a vision token.  Write "
-                'these into tokenizer_config.json: "extra_special_tokens": {"start_image_token": "<img>", '
-                '"end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}.'
-            )
-        return token
-
-    def _video_settings(self) -> dict[str, Any]:
-        """The model's own video settings; without them AutoProcessor and servers refuse the saved folder."""
-        from transformers.video_processing_utils import BaseVideoProcessor
-
-        try:
-            settings, _ = BaseVideoProcessor.get_video_processor_dict(self.path, **self.hub)
-        except OSError:  # the folder has none
-            settings = {}
-        if "video_processor_type" in settings:
-            return settings
-        images = self.image_processor.to_dict()  # older folders: frames are prepared as tiles are
-        shared = {name: images[name] for name in ("size", "image_mean", "image_std")}
-        return {"video_processor_type": "InternVLVideoProcessor", **shared}

@@ -6,12 +6,10 @@ need the image processor alone, so this adapter works with and without torchvisi
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from uniopd_mm.processors.base import write_json
 from uniopd_mm.processors.errors import ProcessorError
 from uniopd_mm.processors.llava_next import LlavaNextAdapter
 
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-_VIDEO_FILE = "video_preprocessor_config.json"
 _ANYRES = "anyres_max_"
 _MOST_OVER = 1.1
 """Tiles of one image are scaled down when their side exceeds the budget by more than this; set in the model."""
@@ -75,19 +72,4 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
 
     def write_image_files(self, folder: Path) -> None:
         super().write_image_files(folder)
-        write_json(folder / _VIDEO_FILE, self._video_settings())
-
-    def _video_settings(self) -> dict[str, Any]:
-        """The model's own video settings; without them AutoProcessor and servers refuse the saved folder."""
-        from transformers.utils.hub import cached_file
-
-        nested = self.read_processor_files().get("video_processor")
-        if nested:
-            return nested
-        try:
-            file = cached_file(self.path, _VIDEO_FILE, **self.hub)
-        except OSError:  # older folders have none: frames are prepared as images are
-            images = self.image_processor.to_dict()
-            shared = {name: images[name] for name in ("size", "image_mean", "image_std")}
-            return {"video_processor_type": "LlavaOnevisionVideoProcessor", **shared}
-        return json.loads(Path(str(file)).read_text(encoding="utf-8"))
+        self.write_video_settings(folder, "LlavaOnevisionVideoProcessor", ("size", "image_mean", "image_std"))

@@ -23,6 +23,7 @@ _BUILT_IN = {
     "qwen3_vl_moe": "qwen_vl:QwenVLAdapter",
     "qwen3_5": "qwen_vl:QwenVLAdapter",
     "qwen3_5_moe": "qwen_vl:QwenVLAdapter",
+    "qwen4_exp": "qwen_vl:QwenVLAdapter",
     "internvl": "internvl:InternVLAdapter",
     "gemma3": "gemma3:Gemma3Adapter",
     "gemma4": "gemma4:Gemma4Adapter",

@@ -301,7 +301,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return build
 
 
-SHAPES = ((1, 1), (3, 1), (1, 3), (3, 3), (10_000, 1), (1, 10_000), (3, 4000))
+SHAPES = ((1, 1), (3, 1), (1, 3), (3, 3), (10_000, 1), (1, 2000))
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -359,6 +359,6 @@ def test_a_broken_torchvision_comes_with_the_command_that_replaces_it(
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     versions = {"torch": torch_version, "torchvision": "0.28.0"}
     monkeypatch.setattr(adapter_images.metadata, "version", versions.__getitem__)
-    with pytest.raises(ProcessorError, match="torchvision 0.28.0.*pip uninstall torchvision") as caught:
+    with pytest.raises(ProcessorError, match=r"torchvision 0\.28\.0.*pip uninstall torchvision") as caught:
         adapter_images.require_working_torchvision()
     assert str(caught.value).endswith(f"pip install {command}")
