@@ -8,20 +8,34 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Family -> folder; ``text`` is a causal LM with the same vocabulary."""
-    import tiny
+class TinyModels(Mapping[str, Path]):
+    """Family -> folder, built when it is first asked for; ``text`` is a causal LM with the same vocabulary."""
 
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "llava": tiny.build_llava(root / "llava"),
-        "qwen2_5_vl": tiny.build_qwen2_5_vl(root / "qwen2_5_vl"),
-        "qwen3_vl": tiny.build_qwen3_vl(root / "qwen3_vl"),
-        "text": tiny.build_text(root / "text"),
-    }
+    def __init__(self, root: Path) -> None:
+        from rooms import FAMILIES
+
+        self.root, self.names, self.built = root, (*FAMILIES, "text"), {}
+
+    def __getitem__(self, name: str) -> Path:
+        from rooms import build
+
+        if name not in self.built:
+            self.built[name] = build(name, self.root / name)
+        return self.built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    return TinyModels(tmp_path_factory.mktemp("models"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tiny
 import torch
+from families import FAMILIES, family
 
 from uniopd_mm.config import ModelConfig, SamplingConfig, TeacherConfig
 from uniopd_mm.engines import LocalEngine, encode_groups
@@ -14,7 +15,11 @@ from uniopd_mm.rollout import Group, Prompt, fill
 from uniopd_mm.teachers import LocalTeacher
 
 CPU = torch.device("cpu")
-FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
+
+
+def build(name: str, folder: Path, seed: int = 0) -> Path:
+    """A tiny random model of a family, or ``text``: a causal LM with the vocabulary that all families share."""
+    return tiny.build_text(folder, seed) if name == "text" else family(name).build(folder, seed)
 
 
 def load(folder: Path, shared_prefix: bool = True) -> MultimodalLM:
@@ -60,9 +65,8 @@ def plain_logprobs(model: MultimodalLM, group: Group, response_ids: torch.Tensor
     n_prompt = inputs["input_ids"].shape[1]
     inputs["input_ids"] = torch.cat([inputs["input_ids"], response_ids[None]], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "mm_token_type_ids" in inputs:
-        zeros = torch.zeros_like(response_ids[None])
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], zeros], dim=1)
+    for name in model.processor.token_inputs:
+        inputs[name] = torch.cat([inputs[name], torch.zeros_like(response_ids[None])], dim=1)
     if hasattr(model.transformer.base_model, "rope_deltas"):
         model.transformer.base_model.rope_deltas = None  # state that an earlier generate() leaves behind
     logits = model.transformer(**inputs, use_cache=False).logits[0, n_prompt - 1 : -1].float()

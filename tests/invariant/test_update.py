@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import families
 import pytest
 import torch
-from rooms import FAMILIES, load, make_groups, make_teacher, plain_logprobs, sample
+from families import FAMILIES
+from rooms import load, make_groups, make_teacher, plain_logprobs, sample
 
 from uniopd_mm.config import TrainConfig
 from uniopd_mm.distributed import World, close_world, init_world
@@ -55,10 +57,8 @@ def scored_groups(student, teacher_folder: Path) -> list[Group]:
 def test_gradient_of_a_step_equals_that_of_plain_code(
     family: str, tiny_models: dict[str, Path], tmp_path: Path, world: World
 ) -> None:
-    import tiny
-
     config = make_config(tiny_models[family])
-    teacher = getattr(tiny, f"build_{family}")(tmp_path / "teacher", seed=3)
+    teacher = families.family(family).build(tmp_path / "teacher", seed=3)
     trainer = RecordingTrainer(config, world)
     groups, _ = assign_advantages(scored_groups(trainer.student, teacher), config, world, step=0)
     assert any(not r.kept for g in groups for r in g.rollouts)  # something was balanced out

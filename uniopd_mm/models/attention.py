@@ -6,6 +6,9 @@ attention, unless the model's forward was given a *pass* (keyword ``shared_prefi
 them (with gradient if need be), :class:`DecodePass` one token after the other.  No cache object is involved, so the
 same passes hold under gradient checkpointing, which would throw a cache away.
 
+A prompt's own mask (padding, images that see all of themselves, a sliding window) is made by transformers.  A response
+is causal behind it; in a layer with a sliding window, token i sees the tokens from i - window + 1 to i.
+
 B prompts, R rollouts, P prompt tokens (left-padded), T response tokens (right-padded), Q query heads, K key/value
 heads (Q = K * G), D head size.
 """
@@ -18,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 NAME = "shared_prefix"
 QUERY_BLOCK = 256
@@ -42,7 +45,7 @@ class Pass(Protocol):
 def shared_prefix_obstacle(model: PreTrainedModel) -> str | None:
     """Why this model's responses cannot attend to a shared prompt; None = they can."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"{model.config.model_type} has {', '.join(sorted(kinds))} layers"
     if getattr(config, "attn_logit_softcapping", None):
@@ -52,6 +55,14 @@ def shared_prefix_obstacle(model: PreTrainedModel) -> str | None:
     if not model._supports_attention_backend:
         return f"{model.config.model_type} does not take an attention function"
     return None
+
+
+def windows_of(config: PreTrainedConfig) -> dict[int, int | None]:
+    """Layer -> the number of tokens that a token sees, itself among them; None = all before it."""
+    window = getattr(config, "sliding_window", None)
+    layers = range(config.num_hidden_layers)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
+    return {i: window if kinds[i] == "sliding_attention" else None for i in layers}
 
 
 def use_shared_prefix(model: PreTrainedModel) -> None:
@@ -92,8 +103,10 @@ class Prefix:
     """Prompts that have been run: what their responses continue from."""
 
     keys: dict[int, Tensor]
-    """Layer -> [B, K, P, D], positions encoded."""
+    """Layer -> [B, K, P, D], positions encoded; with a sliding window, of the prompt's last window - 1 tokens."""
     values: dict[int, Tensor]
+    source: dict[int, int]
+    """Layer -> the layer whose keys and values it reads: itself, or an earlier one."""
     mask_BP: Tensor
     """[B, P] bool, False at padding."""
     next_position_B: Tensor
@@ -110,6 +123,7 @@ class Prefix:
         return Prefix(
             {i: k[row] for i, k in self.keys.items()},
             {i: v[row] for i, v in self.values.items()},
+            self.source,
             self.mask_BP[row],
             self.next_position_B[row],
             self.last_hidden_BH[row],
@@ -122,37 +136,54 @@ class PrefixPass:
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.source: dict[int, int] = {}
+        self.windows: dict[int, int | None] = {}
+        self._whole: dict[int, Tensor] = {}
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        sliding_window: int | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        # The first ones count: a layer recomputed in the backward pass comes by again.
-        self.keys.setdefault(module.layer_idx, key)
-        self.values.setdefault(module.layer_idx, value)
-        return _plain(module, query, key, value, mask, **kwargs)
+        layer = module.layer_idx
+        if layer not in self.source:  # a layer recomputed in the backward pass comes by again
+            self._keep(layer, key, value, sliding_window)
+        return _plain(module, query, key, value, mask, sliding_window=sliding_window, **kwargs)
+
+    def _keep(self, layer: int, key: Tensor, value: Tensor, window: int | None) -> None:
+        source = next((i for i, whole in self._whole.items() if whole is key), layer)
+        self.source[layer], self.windows[layer] = source, window
+        if source == layer:
+            first = 0 if window is None else max(0, key.shape[2] + 1 - window)
+            self._whole[layer] = key
+            self.keys[layer], self.values[layer] = key[:, :, first:], value[:, :, first:]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Response tokens that attend together."""
+
+    queries: slice
+    keys: slice
+    """Of the prompt's kept tokens and the response behind them: from the first to the last that one of them sees."""
+    mask: Tensor | CausalBias
 
 
 class ResponsePass:
     """Runs whole responses behind their prompts: exact, and gradients flow into the prompts' keys and values."""
 
     def __init__(self, prefix: Prefix, row_R: Tensor, n_tokens: int) -> None:
-        self.prefix, self.row_R = prefix, row_R
+        self.prefix, self.row_R, self.n_tokens = prefix, row_R, n_tokens
         # Padding stands behind a response, where none of its tokens looks, so only the prompts' own needs a mask.
         self.prompt_RP = prefix.mask_BP[row_R] if prefix.is_padded else None
         # The kernel for half precision and a plain causal mask leaves out by itself what is masked.
         self.is_flash = prefix.keys[0].dtype != torch.float32 and row_R.is_cuda and not prefix.is_padded
-        block = n_tokens if self.is_flash else QUERY_BLOCK
-        self.blocks = [(start, min(start + block, n_tokens)) for start in range(0, n_tokens, block)]
-        self.masks = [self._mask(start, end) for start, end in self.blocks]
-
-    def _mask(self, start: int, end: int) -> Tensor | CausalBias:
-        """What the response tokens from ``start`` to ``end`` see of the prompt and of the tokens up to ``end``."""
-        n_prompt = self.prefix.mask_BP.shape[1]
-        if self.prompt_RP is None:
-            return causal_lower_right(end - start, n_prompt + end)
-        own = torch.ones(end - start, end, dtype=torch.bool, device=self.row_R.device).tril(start)
-        prompt = self.prompt_RP[:, None].expand(-1, end - start, -1)
-        return torch.cat([prompt, own.expand(len(prompt), -1, -1)], dim=-1)[:, None]
+        self.blocks: dict[tuple[int, int | None], list[Block]] = {}
 
     def attend(
         self,
@@ -162,29 +193,61 @@ class ResponsePass:
         value: Tensor,
         mask: Any,
         scaling: float | None = None,
+        sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        layer = module.layer_idx
-        key = torch.cat([self.prefix.keys[layer].index_select(0, self.row_R), key], dim=2)
-        value = torch.cat([self.prefix.values[layer].index_select(0, self.row_R), value], dim=2)
+        source = self.prefix.source[module.layer_idx]
+        key = torch.cat([self.prefix.keys[source].index_select(0, self.row_R), key], dim=2)
+        value = torch.cat([self.prefix.values[source].index_select(0, self.row_R), value], dim=2)
+        n_prompt = key.shape[2] - self.n_tokens
+        # A window wider than prompt and response is none.
+        window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
+        if (n_prompt, window) not in self.blocks:
+            self.blocks[n_prompt, window] = self._make_blocks(n_prompt, window)
         # On a GPU, the other kernels cannot take grouped heads as they are and would hold all scores.
-        grouped = self.is_flash or not query.is_cuda
+        grouped = (self.is_flash and window is None) or not query.is_cuda
         if not grouped:
             n_repeats = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(n_repeats, dim=1) for x in (key, value))
-        n_prompt = key.shape[2] - query.shape[2]
         parts = [
             scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, : n_prompt + end],
-                value[:, :, : n_prompt + end],
-                attn_mask=seen,
+                query[:, :, block.queries],
+                key[:, :, block.keys],
+                value[:, :, block.keys],
+                attn_mask=block.mask,
                 scale=scaling,
                 enable_gqa=grouped,
             )
-            for (start, end), seen in zip(self.blocks, self.masks, strict=True)
+            for block in self.blocks[n_prompt, window]
         ]
         return torch.cat(parts, dim=2).transpose(1, 2), None
+
+    def _make_blocks(self, n_prompt: int, window: int | None) -> list[Block]:
+        """What response tokens see of the prompt's last ``n_prompt`` tokens and of each other."""
+        size = self.n_tokens if self.is_flash and window is None else QUERY_BLOCK
+        blocks = []
+        for start in range(0, self.n_tokens, size):
+            end = min(start + size, self.n_tokens)
+            first = 0 if window is None else max(0, n_prompt + start + 1 - window)
+            keys = slice(first, n_prompt + end)
+            blocks.append(Block(slice(start, end), keys, self._mask(end - start, keys, n_prompt, window)))
+        return blocks
+
+    def _mask(self, n_queries: int, keys: slice, n_prompt: int, window: int | None) -> Tensor | CausalBias:
+        """The queries are the last tokens of the keys."""
+        n_keys = keys.stop - keys.start
+        if self.prompt_RP is None and window is None:
+            return causal_lower_right(n_queries, n_keys)
+        ahead = n_keys - n_queries
+        seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=self.row_R.device).tril(ahead)
+        if window is not None:
+            seen = seen.triu(ahead + 1 - window)
+        if self.prompt_RP is None:
+            return seen
+        n_dropped = self.prompt_RP.shape[1] - n_prompt
+        prompt = self.prompt_RP[:, n_dropped + keys.start :]
+        real = pad(prompt, (0, n_keys - prompt.shape[1]), value=True)
+        return (seen & real[:, None])[:, None]
 
 
 class DecodePass:
@@ -233,23 +296,31 @@ class DecodePass:
         value: Tensor,
         mask: Any,
         scaling: float | None = None,
+        sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        layer = module.layer_idx
+        layer = self.prefix.source[module.layer_idx]
         n_rows, n_query, _, size = query.shape
         n_key = key.shape[1]
-        own_key = self._append(self.keys, layer, key)
-        own_value = self._append(self.values, layer, value)
+        if layer == module.layer_idx:
+            self._append(self.keys, layer, key)
+            self._append(self.values, layer, value)
         query = (query[:, :, 0] * (size**-0.5 if scaling is None else scaling)).view(n_rows, n_key, -1, size)
-        own, own_lse = _partial(query, own_key, own_value)
         held = self.prefix.keys[layer], self.prefix.values[layer]
-        prompt, prompt_lse = (self._scatter(x) for x in _partial(self._gather(query), *held, self.bias))
-        # Two softmaxes over parts of the keys, weighed by their normalisers, are the softmax over all keys.
-        output = torch.lerp(prompt, own, torch.sigmoid(own_lse - prompt_lse))
+        n_prompt, n_own = held[0].shape[2], self.n_fed + 1
+        first = 0 if sliding_window is None else max(0, n_prompt + n_own - sliding_window)
+        own_range = slice(max(0, first - n_prompt), n_own)
+        output, own_lse = _partial(query, *(x[layer][:, :, own_range] for x in (self.keys, self.values)))
+        if first < n_prompt:
+            bias = None if self.bias is None else self.bias[..., first - n_prompt :]
+            partial = _partial(self._gather(query), *(x[:, :, first:] for x in held), bias)
+            prompt, prompt_lse = (self._scatter(x) for x in partial)
+            # Two softmaxes over parts of the keys, weighed by their normalisers, are the softmax over all keys.
+            output = torch.lerp(prompt, output, torch.sigmoid(own_lse - prompt_lse))
         return output.to(value.dtype).reshape(n_rows, 1, n_query, -1), None
 
-    def _append(self, store: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
-        """Everything fed so far [R, K, n_fed + 1, D], the new token written in place."""
+    def _append(self, store: dict[int, Tensor], layer: int, new: Tensor) -> None:
+        """Write the new token behind everything fed so far [R, K, n_fed, D], in place."""
         held = store.get(layer)
         if held is None or held.shape[2] <= self.n_fed:
             n_rows, n_key, _, size = new.shape
@@ -258,7 +329,6 @@ class DecodePass:
                 grown[:, :, : self.n_fed] = held[:, :, : self.n_fed]
             held = store[layer] = grown
         held[:, :, self.n_fed] = new[:, :, 0]
-        return held[:, :, : self.n_fed + 1]
 
     def _gather(self, query: Tensor) -> Tensor:
         """[R, K, G, D] -> [B, K, n_slots * G, D]; slots of finished rows hold zeros."""

@@ -55,16 +55,18 @@ class PlainDecoding:
 
     def __init__(self, lm: MultimodalLM, encoded: list[EncodedPrompt], n: int) -> None:
         self.lm = lm
-        inputs = lm.collate([prompt for prompt in encoded for _ in range(n)])
+        inputs = lm.collate(encoded)
         positions = lm.position_ids(inputs)
-        output = lm.run(inputs, positions, use_cache=True)
-        self.hidden_RH = output.last_hidden_state[:, -1]
-        self.position_R = next_position(positions)
-        self.mask_RL = inputs["attention_mask"]
+        output = lm.run(lm.with_images(inputs, encoded), positions, use_cache=True)
         self.cache = output.past_key_values
+        self.mask_RL = inputs["attention_mask"]
+        self.position_R = next_position(positions)
+        row_R = torch.arange(len(encoded), device=lm.device).repeat_interleave(n)
+        self.hidden_RH = output.last_hidden_state[row_R, -1]
+        self.keep(row_R)
 
     def keep(self, index: Tensor) -> None:
-        self.cache.batch_select_indices(index)
+        self.cache.reorder_cache(index)  # the one selection of rows that every kind of layer has
         self.position_R, self.mask_RL = self.position_R[index], self.mask_RL[index]
 
     def feed(self, token_R: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from uniopd_mm.models.wrapper import MultimodalLM
 from uniopd_mm.processors import get_processor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from uniopd_mm.config import LoraConfig, ModelConfig, StudentConfig
     from uniopd_mm.processors import VLMProcessor
@@ -55,19 +56,21 @@ def build_student(settings: StudentConfig, seed: int = 0) -> PreTrainedModel:
         _assert_no_dropout(model)
     if settings.lora is not None:
         torch.manual_seed(seed)  # here, because loading may or may not have drawn random numbers
-        model = _add_lora(model, model_type, settings.lora, settings.freeze)
+        model = _add_lora(model, model_type, settings.lora)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"student.freeze={settings.freeze} leaves nothing to train in {settings.model}")
     return model
 
 
-def attention_implementation(choice: str) -> str:
-    """``auto`` -> flash_attention_2 on a GPU where it is installed, else sdpa; an explicit choice is kept."""
-    if choice != "auto":
-        return choice
-    from transformers.utils import is_flash_attn_2_available
+def attention_implementation(choice: str, config: PreTrainedConfig) -> dict[str, str]:
+    """``auto`` -> flash_attention_2 on a GPU where it is installed, else sdpa; an explicit choice is kept.  For the
+    model and its parts, but for one that hears: nothing is said to it, and not every kind of attention runs there."""
+    if choice == "auto":
+        from transformers.utils import is_flash_attn_2_available
 
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+        has_flash = torch.cuda.is_available() and is_flash_attn_2_available()
+        choice = "flash_attention_2" if has_flash else "sdpa"
+    return {part: choice for part in ("", *config.sub_configs) if part != "audio_config"}
 
 
 def load_weights(settings: ModelConfig) -> PreTrainedModel:
@@ -91,49 +94,69 @@ def load_weights(settings: ModelConfig) -> PreTrainedModel:
         settings.model,
         revision=settings.revision,
         dtype=getattr(torch, settings.dtype),
-        attn_implementation=attention_implementation(settings.attention),
+        attn_implementation=attention_implementation(settings.attention, config),
     )
 
 
 def _assert_no_dropout(model: PreTrainedModel) -> None:
-    for name, value in model.config.to_dict().items():
-        if "dropout" in name and value:
-            raise ConfigError(
-                f"{name}={value} in the student's config: sampling and training would differ; set it to 0"
-            )
+    config = model.config
+    parts = {"": config} | {f"{name}.": getattr(config, name, None) for name in config.sub_configs}
+    for part, settings in parts.items():
+        for name, value in settings.to_dict().items() if settings is not None else ():
+            if "dropout" in name and value:
+                raise ConfigError(
+                    f"{part}{name}={value} in the student's config: sampling and training would differ; set it to 0"
+                )
 
 
-def _add_lora(
-    model: PreTrainedModel, model_type: str, lora: LoraConfig, frozen: list[str]
-) -> PreTrainedModel:
+def _add_lora(model: PreTrainedModel, model_type: str, lora: LoraConfig) -> PreTrainedModel:
     try:
         from peft import LoraConfig as PeftLoraConfig
         from peft import get_peft_model
     except ImportError as error:
         raise ImportError('student.lora needs peft: pip install "uniopd-mm[lora]"') from error
+    # Stages without an adapter stay as `freeze` left them; peft freezes all.
+    trained = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and stage_of(model_type, name) not in lora.stages
+    }
+    peft_model = get_peft_model(
+        model,
+        PeftLoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=_adapted_layers(model, model_type, lora),
+        ),
+    )
+    for name, parameter in peft_model.named_parameters():
+        if name.removeprefix("base_model.model.") in trained:
+            parameter.requires_grad_(True)
+    return peft_model
+
+
+def _adapted_layers(model: PreTrainedModel, model_type: str, lora: LoraConfig) -> list[str]:
+    """Names of the linear layers that get an adapter."""
+    linear: dict[str, list[str]] = {stage: [] for stage in lora.stages}
+    for name, module in model.named_modules():
+        stage = stage_of(model_type, name)
+        is_head = module is model.get_output_embeddings()
+        if isinstance(module, torch.nn.Linear) and stage in linear and not is_head:
+            linear[stage].append(name)
+    bare = [stage for stage, names in linear.items() if not names]
+    if bare:
+        raise ConfigError(
+            f"student.lora.stages: {', '.join(bare)} of {model_type} has no linear layer to adapt; take it out of "
+            "lora.stages (and of student.freeze to train it whole)"
+        )
     names = [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and stage_of(model_type, name) in lora.stages
-        and module is not model.get_output_embeddings()
-        and (lora.targets is None or name.rsplit(".", 1)[-1] in lora.targets)
+        for name in itertools.chain.from_iterable(linear.values())
+        if lora.targets is None or name.rsplit(".", 1)[-1] in lora.targets
     ]
     if not names:
         raise ConfigError(
             f"student.lora: no linear layer matches stages={lora.stages}, targets={lora.targets}"
         )
-    trained = {
-        n for n, p in model.named_parameters() if stage_of(model_type, n) not in {*lora.stages, *frozen}
-    }
-    peft_model = get_peft_model(
-        model,
-        PeftLoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names),
-    )
-    for (
-        name,
-        parameter,
-    ) in peft_model.named_parameters():  # stages without an adapter stay as `freeze` left them
-        if name.removeprefix("base_model.model.") in trained:
-            parameter.requires_grad_(True)
-    return peft_model
+    return names

@@ -41,9 +41,15 @@ class TokenStatistics:
     """Their log-probabilities [M, K]."""
 
 
-def token_logprobs(hidden_MH: Tensor, head: nn.Module, target_M: Tensor, temperature: float = 1.0) -> Tensor:
+def token_logprobs(
+    hidden_MH: Tensor,
+    head: nn.Module,
+    target_M: Tensor,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
     """log p(target) [M] float32 nats from last hidden states; see :func:`token_statistics`."""
-    return token_statistics(hidden_MH, head, target_M, temperature).logprob_M
+    return token_statistics(hidden_MH, head, target_M, temperature, softcap).logprob_M
 
 
 def token_statistics(
@@ -51,13 +57,14 @@ def token_statistics(
     head: nn.Module,
     target_M: Tensor,
     temperature: float = 1.0,
+    softcap: float | None = None,
     *,
     entropy: bool = False,
     top_k: int = 0,
 ) -> TokenStatistics:
     """log p(target) and, without gradient, entropy and the ``top_k`` most likely tokens, all at ``temperature``.
 
-    ``head`` is the output embedding; a target outside its vocabulary is an :class:`AlignmentError`.  Differentiable
+    ``head`` is the output embedding; ``softcap`` bounds its logits by tanh, as Gemma does.  A target outside its vocabulary is an :class:`AlignmentError`.  Differentiable
     once.  Under ZeRO-3 every rank must call this equally often; where gradients are on, each with its own M.
     """
     n_vocabulary = _vocabulary_size(head)
@@ -68,12 +75,12 @@ def token_statistics(
         if not torch.is_grad_enabled():  # a Function goes by requires_grad alone
             tensors = tuple(None if t is None else t.detach() for t in tensors)
         return TokenStatistics(
-            *_LinearStatistics.apply(*tensors, target_M, temperature, n_chunks, entropy, top_k)
+            *_LinearStatistics.apply(*tensors, target_M, temperature, softcap, n_chunks, entropy, top_k)
         )
     recompute = torch.is_grad_enabled() and n_chunks > 1
     pieces = []
     for rows, ids in zip(hidden_MH.tensor_split(n_chunks), target_M.tensor_split(n_chunks), strict=True):
-        arguments = (rows, head, ids, temperature, entropy, top_k)
+        arguments = (rows, head, ids, temperature, softcap, entropy, top_k)
         if recompute:
             pieces.append(checkpoint(_module_statistics, *arguments, use_reentrant=False))
         else:
@@ -151,9 +158,17 @@ def _reduce_(
 
 
 def _module_statistics(
-    hidden_MH: Tensor, head: nn.Module, target_M: Tensor, temperature: float, entropy: bool, top_k: int
+    hidden_MH: Tensor,
+    head: nn.Module,
+    target_M: Tensor,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    top_k: int,
 ) -> TokenStatistics:
     logits_MV = _widen(head(hidden_MH))
+    if softcap is not None:
+        logits_MV = softcap * torch.tanh(logits_MV / softcap)
     if temperature != 1.0:
         logits_MV = logits_MV / temperature
     logprob_M = logits_MV.gather(-1, target_M[:, None])[:, 0] - logits_MV.logsumexp(-1)
@@ -184,7 +199,8 @@ def _concatenate(pieces: list[TokenStatistics]) -> TokenStatistics:
 
 
 class _LinearStatistics(torch.autograd.Function):
-    """Per position, d log p(target) / d logits = one_hot(target) - softmax, whatever the incoming gradient.
+    """Per position, d log p(target) / d logits = one_hot(target) - softmax, whatever the incoming gradient (times the
+    slope of a soft cap).
 
     So the forward pass, which has the softmax at hand, also takes it through the weight to d log p / d hidden [M, H].
     Only the head's own gradient needs it again: kept if there is one chunk, else recomputed.
@@ -198,6 +214,7 @@ class _LinearStatistics(torch.autograd.Function):
         bias_V: Tensor | None,
         target_M: Tensor,
         temperature: float,
+        softcap: float | None,
         n_chunks: int,
         entropy: bool,
         top_k: int,
@@ -205,19 +222,19 @@ class _LinearStatistics(torch.autograd.Function):
         to_hidden, to_head = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         pieces, slopes, kept_MV = [], [], None
         for rows, ids in zip(hidden_MH.tensor_split(n_chunks), target_M.tensor_split(n_chunks), strict=True):
-            logits = _linear_logits(rows, weight_VH, bias_V, temperature)
+            logits, slope = _linear_logits(rows, weight_VH, bias_V, temperature, softcap)
             statistics, exps, total = _reduce_(logits, ids, entropy, top_k)
             pieces.append(statistics)
             if to_hidden or (to_head and n_chunks == 1):
-                residual = _residual_(exps, total, ids, weight_VH.dtype)
+                residual = _residual_(exps, total, ids, slope, weight_VH.dtype)
                 if to_hidden:
                     slopes.append(residual @ weight_VH)
                 kept_MV = residual if to_head and n_chunks == 1 else None
                 del residual
-            del logits, exps  # before the next chunk is made
+            del logits, exps, slope  # before the next chunk is made
         inputs = (hidden_MH, weight_VH, bias_V, target_M) if to_head else (None,) * 4
         ctx.save_for_backward(*inputs, torch.cat(slopes) if to_hidden else None, kept_MV)
-        ctx.temperature, ctx.n_chunks = temperature, n_chunks
+        ctx.temperature, ctx.softcap, ctx.n_chunks = temperature, softcap, n_chunks
         whole = _concatenate(pieces)
         rest = (whole.entropy_M, whole.top_ids_MK, whole.top_logprobs_MK)
         ctx.mark_non_differentiable(*(values for values in rest if values is not None))
@@ -230,19 +247,29 @@ class _LinearStatistics(torch.autograd.Function):
         scale_M1 = -grad_M[:, None] / ctx.temperature  # minus: the residual is softmax - one_hot
         d_hidden = (scale_M1 * slope_MH).to(slope_MH.dtype) if ctx.needs_input_grad[0] else None
         d_weight, d_bias = _head_gradients(ctx, scale_M1) if any(ctx.needs_input_grad[1:3]) else (None, None)
-        return d_hidden, d_weight, d_bias, *(None,) * 5
+        return d_hidden, d_weight, d_bias, *(None,) * 6
 
 
-def _linear_logits(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
-    logits_MV = _widen(linear(hidden_MH, weight_VH, bias_V))
-    return logits_MV if temperature == 1.0 else logits_MV.div_(temperature)
+def _linear_logits(
+    hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits over temperature [M, V], and the slope of the soft cap there [M, V]."""
+    logits_MV, slope_MV = _widen(linear(hidden_MH, weight_VH, bias_V)), None
+    if softcap is not None:
+        logits_MV = logits_MV.div_(softcap).tanh_()
+        slope_MV = 1 - logits_MV.square()
+        logits_MV = logits_MV.mul_(softcap)
+    return logits_MV if temperature == 1.0 else logits_MV.div_(temperature), slope_MV
 
 
-def _residual_(exps_MV: Tensor, total_M1: Tensor, target_M: Tensor, dtype: torch.dtype) -> Tensor:
-    """softmax - one_hot(target) [M, V] in the place of the exponentials, then in ``dtype``."""
+def _residual_(
+    exps_MV: Tensor, total_M1: Tensor, target_M: Tensor, slope_MV: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """softmax - one_hot(target) [M, V] in the place of the exponentials, times the slope, then in ``dtype``."""
     minus_one_M1 = torch.full_like(total_M1, -1.0)
     # Subtracted before the cast: in bf16 nothing would be left of 1 - p of a token that is almost certain.
-    return exps_MV.div_(total_M1).scatter_add_(1, target_M[:, None], minus_one_M1).to(dtype)
+    residual_MV = exps_MV.div_(total_M1).scatter_add_(1, target_M[:, None], minus_one_M1)
+    return (residual_MV if slope_MV is None else residual_MV.mul_(slope_MV)).to(dtype)
 
 
 def _head_gradients(ctx: Any, scale_M1: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -255,10 +282,10 @@ def _head_gradients(ctx: Any, scale_M1: Tensor) -> tuple[Tensor | None, Tensor |
     for rows, ids, scale in chunks:
         residual = kept_MV  # also lets go of the last chunk's
         if residual is None:
-            logits = _linear_logits(rows, weight_VH, bias_V, ctx.temperature)
+            logits, slope = _linear_logits(rows, weight_VH, bias_V, ctx.temperature, ctx.softcap)
             _, exps, total = _reduce_(logits, ids, entropy=False, top_k=0)
-            residual = _residual_(exps, total, ids, weight_VH.dtype)
-            del logits, exps
+            residual = _residual_(exps, total, ids, slope, weight_VH.dtype)
+            del logits, exps, slope
         if d_weight is not None:
             # The rows are scaled, not the residual: a kept one stays as it is for another backward pass.
             scaled = (scale * rows).to(weight_VH.dtype)

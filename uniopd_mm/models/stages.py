@@ -6,15 +6,39 @@ from collections.abc import Iterable
 
 from torch import nn
 
-STAGE_PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
-    "llava": {"vision": ("model.vision_tower",), "projector": ("model.multi_modal_projector",)},
-    "qwen2_5_vl": {"vision": ("model.visual",), "projector": ("model.visual.merger",)},
-    "qwen3_vl": {
-        "vision": ("model.visual",),
-        "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
-    },
+_LLAVA = {
+    "vision": ("model.vision_tower",),
+    "projector": ("model.multi_modal_projector", "model.image_newline"),
 }
-"""``config.model_type`` -> stage -> module prefixes; the longest match wins, everything else is ``language``."""
+_QWEN = {
+    "vision": ("model.visual",),
+    "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
+}
+_IDEFICS = {"vision": ("model.vision_model",), "projector": ("model.connector",)}
+
+STAGE_PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
+    "llava": _LLAVA,
+    "llava_next": _LLAVA,
+    "llava_onevision": _LLAVA,
+    "internvl": _LLAVA,
+    "gemma3": _LLAVA,
+    "gemma4": {
+        "vision": ("model.vision_tower",),
+        "projector": ("model.embed_vision",),
+        "audio": ("model.audio_tower", "model.embed_audio"),
+    },
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
+}
+"""``config.model_type`` -> stage -> module prefixes; the longest match wins, everything else is ``language``.
+
+``audio`` is no stage of ours: no prompt has sound, so what reads it is never trained and gets no adapter."""
 
 
 def stage_of(model_type: str, name: str) -> str:
@@ -38,8 +62,8 @@ def stage_parameters(model: nn.Module, model_type: str) -> dict[str, list[nn.Par
 
 
 def freeze_stages(model: nn.Module, model_type: str, stages: Iterable[str]) -> None:
-    """Take the parameters of ``stages`` out of training."""
-    frozen = set(stages)
+    """Take the parameters of ``stages``, and those that no prompt reaches, out of training."""
+    frozen = {*stages, "audio"}
     for name, parameter in model.named_parameters():
         if stage_of(model_type, name) in frozen:
             parameter.requires_grad_(False)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,22 +40,84 @@ class Tower:
     images.  One call of the projector for all: ranks must call it equally often."""
 
 
-def _run_llava(base: Any, inputs: dict[str, Tensor]) -> Features:
+def _select(base: Any, pixels: Tensor) -> Tensor:
+    """Hidden states [images, patches, size] of the layers that the projector reads, without a class token."""
     config = base.config
     layers = config.vision_feature_layer
-    hidden = base.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
-    kept = [hidden[i] for i in ([layers] if isinstance(layers, int) else layers)]
-    if config.vision_feature_select_strategy == "default":  # without the class token
-        kept = [states[:, 1:] for states in kept]
-    return (torch.cat(kept, dim=-1),)
+    hidden = base.vision_tower(pixels, output_hidden_states=True).hidden_states
+    kept = torch.cat([hidden[i] for i in ([layers] if isinstance(layers, int) else layers)], dim=-1)
+    return kept[:, 1:] if config.vision_feature_select_strategy == "default" else kept
+
+
+def _run_llava(base: Any, inputs: dict[str, Tensor]) -> Features:
+    return (_select(base, inputs["pixel_values"]),)
 
 
 def _project_llava(base: Any, features: list[Features], inputs: list[dict[str, Tensor]]) -> ModelOutput:
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
     images = [image for (states,) in features for image in states]
     projected = base.multi_modal_projector(torch.cat(images))
-    return BaseModelOutputWithPooling(pooler_output=list(projected.split([len(image) for image in images])))
+    return _output(list(projected.split([len(image) for image in images])))
+
+
+def _run_tiled(base: Any, inputs: dict[str, Tensor]) -> Features:
+    """One tensor [tiles, patches, size] per image: LLaVA-NeXT pads images to as many tiles as the largest has."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    config = base.config
+    counts = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        for size in inputs["image_sizes"]
+    ]
+    if (
+        "batch_num_images" in inputs and len(counts) > 1
+    ):  # LLaVA-OneVision tiles an image only where it is alone
+        counts = [1] * len(counts)
+    tiles = [image[:n] for image, n in zip(inputs["pixel_values"], counts, strict=True)]
+    return _select(base, torch.cat(tiles)).split(counts)
+
+
+def _project_tiled(base: Any, features: list[Features], inputs: list[dict[str, Tensor]]) -> ModelOutput:
+    images = [image for prompt in features for image in prompt]
+    projected = base.multi_modal_projector(torch.cat(images)).split([len(image) for image in images])
+    sizes = torch.cat([prompt["image_sizes"] for prompt in inputs])
+    names = inspect.signature(base.pack_image_features).parameters
+    settings = {name: getattr(base.config, name) for name in names if hasattr(base.config, name)}
+    packed, _ = base.pack_image_features(projected, sizes, image_newline=base.image_newline, **settings)
+    return _output(packed)
+
+
+def _run_internvl(base: Any, inputs: dict[str, Tensor]) -> Features:
+    """[tiles, tokens, size], neighbouring patches laid together."""
+    config = base.config
+    layer = config.vision_feature_layer
+    output = base.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+    if config.vision_feature_select_strategy == "default":
+        states = states[:, 1:]
+    side = math.isqrt(states.shape[1])
+    shuffled = base.pixel_shuffle(states.unflatten(1, (side, side)), scale_factor=config.downsample_ratio)
+    return (shuffled.flatten(1, 2),)
+
+
+def _run_whole(base: Any, inputs: dict[str, Tensor]) -> Features:
+    """The tower's last output, which ``get_image_features`` hands on beside what the projector made of it."""
+    return (base.get_image_features(**inputs, return_dict=True).last_hidden_state,)
+
+
+def _project_whole(name: str, as_list: bool) -> Callable[..., ModelOutput]:
+    """For projectors that are a module ``name`` and nothing else."""
+
+    def project(base: Any, features: list[Features], inputs: list[dict[str, Tensor]]) -> ModelOutput:
+        projected = getattr(base, name)(torch.cat([states for (states,) in features]))
+        return _output([projected.flatten(0, -2)] if as_list else projected)
+
+    return project
+
+
+def _output(pooled: list[Tensor] | Tensor) -> ModelOutput:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    return BaseModelOutputWithPooling(pooler_output=pooled)
 
 
 def _run_qwen(base: Any, inputs: dict[str, Tensor]) -> Features:
@@ -95,9 +158,19 @@ def _project_qwen(base: Any, features: list[Features], inputs: list[dict[str, Te
 
 TOWERS = {
     "llava": Tower(_run_llava, _project_llava),
+    "llava_next": Tower(_run_tiled, _project_tiled),
+    "llava_onevision": Tower(_run_tiled, _project_tiled),
+    "internvl": Tower(_run_internvl, _project_whole("multi_modal_projector", as_list=False)),
+    "gemma3": Tower(_run_whole, _project_whole("multi_modal_projector", as_list=False)),
+    "gemma4": Tower(_run_whole, _project_whole("embed_vision", as_list=True)),
+    "idefics3": Tower(_run_whole, _project_whole("connector", as_list=True)),
+    "smolvlm": Tower(_run_whole, _project_whole("connector", as_list=True)),
     "qwen2_vl": Tower(_run_qwen, _project_qwen),
     "qwen2_5_vl": Tower(_run_qwen, _project_qwen),
     "qwen3_vl": Tower(_run_qwen3, _project_qwen),
+    "qwen3_vl_moe": Tower(_run_qwen3, _project_qwen),
+    "qwen3_5": Tower(_run_qwen, _project_qwen),
+    "qwen3_5_moe": Tower(_run_qwen, _project_qwen),
 }
 """``config.model_type`` -> its tower and projector, for models whose projector is trained on a frozen tower."""
 
@@ -134,9 +207,9 @@ class ImageEncoder:
         self.base, self.model_type = model.base_model, model.config.model_type
         self.cache = FeatureCache(max_bytes)
         self.input_names = frozenset(inspect.signature(self.base.get_image_features).parameters)
-        self.parameters: dict[str, list[nn.Parameter]] = {"vision": [], "projector": [], "language": []}
+        self.parameters: dict[str, list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            self.parameters[stage_of(self.model_type, name)].append(parameter)
+            self.parameters.setdefault(stage_of(self.model_type, name), []).append(parameter)
 
     @property
     def keeps(self) -> Literal["features", "tower", "nothing"]:
@@ -184,21 +257,20 @@ class ImageEncoder:
 
 def _only_used(output: Any) -> Any:
     """The encoder output without the hidden states that no language model reads."""
-    deep = getattr(output, "deepstack_features", None)
-    return type(output)(
-        pooler_output=list(output.pooler_output),
-        **({} if deep is None else {"deepstack_features": [list(layer) for layer in deep]}),
-    )
+    return _join([output])
 
 
 def _join(outputs: list[Any]) -> Any:
-    joined = _only_used(outputs[0])
-    for output in outputs[1:]:
-        joined.pooler_output.extend(output.pooler_output)
-        if getattr(joined, "deepstack_features", None):
-            for layer, more in zip(joined.deepstack_features, output.deepstack_features, strict=True):
-                layer.extend(more)
-    return joined
+    """The encoder output of all images; a family gives a list of tensors, or one with the images on dim 0."""
+
+    def joined(parts: Sequence[Any]) -> Any:
+        return torch.cat(list(parts)) if isinstance(parts[0], Tensor) else [x for part in parts for x in part]
+
+    fields = {"pooler_output": joined([output.pooler_output for output in outputs])}
+    deep = [getattr(output, "deepstack_features", None) for output in outputs]
+    if deep[0] is not None:
+        fields["deepstack_features"] = [joined(layer) for layer in zip(*deep, strict=True)]
+    return type(outputs[0])(**fields)
 
 
 def _n_bytes(found: Any) -> int:

@@ -2,7 +2,7 @@
 
 It drives stock transformers models through their public forward.  A group's prompt (and its image) runs once, and its
 responses attend to it (:mod:`uniopd_mm.models.attention`), also with gradient, which is exact.  What cannot do that
-(sliding-window or linear attention), or was told not to, takes the plain path: one full row per rollout.
+(linear attention, capped attention scores), or was told not to, takes the plain path: one full row per rollout.
 
 B prompts, R rollouts, P prompt tokens (left-padded), T response tokens (right-padded), H hidden size.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from uniopd_mm.models.attention import (
     ResponsePass,
     shared_prefix_obstacle,
     use_shared_prefix,
+    windows_of,
 )
 from uniopd_mm.models.logprobs import token_logprobs
 from uniopd_mm.models.vision import ImageEncoder
@@ -107,7 +109,13 @@ class MultimodalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] float32."""
-        return self.transformer.get_output_embeddings()(hidden).float()
+        logits = self.transformer.get_output_embeddings()(hidden).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @property
+    def softcap(self) -> float | None:
+        """Bound that the model puts on its logits; None = none."""
+        return getattr(self.text_config, "final_logit_softcapping", None)
 
     # ------------------------------------------------------------------ prompts
 
@@ -116,15 +124,17 @@ class MultimodalLM(nn.Module):
         inputs = self.collate(encoded)
         positions = self.position_ids(inputs)
         prefix = PrefixPass()
-        output = self.run(self._with_images(inputs, encoded), positions, shared_prefix=prefix)
-        if len(prefix.keys) != self.text_config.num_hidden_layers:
+        output = self.run(self.with_images(inputs, encoded), positions, shared_prefix=prefix)
+        wanted = windows_of(self.text_config)
+        if prefix.windows != wanted:
             raise RuntimeError(
-                f"{self.model_type}: {len(prefix.keys)} of {self.text_config.num_hidden_layers} layers have keys and values "
-                "of their own, so its prompts cannot be shared. Set shared_prefix: false for this model."
+                f"{self.model_type}: its layers attend over windows of {prefix.windows} tokens, its config says {wanted}, "
+                "so its prompts cannot be shared. Set shared_prefix: false for this model."
             )
         return Prefix(
             prefix.keys,
             prefix.values,
+            prefix.source,
             inputs["attention_mask"].bool(),
             next_position(positions),
             output.last_hidden_state[:, -1],
@@ -153,21 +163,22 @@ class MultimodalLM(nn.Module):
 
     def _images_of(self, encoded: list[EncodedPrompt]) -> list[tuple[bytes, dict[str, Tensor]]]:
         """Content and inputs of the images, prompt by prompt."""
-        return [
-            (self.images.key(prompt), self.images.take_inputs(self.collate([prompt])))
-            for prompt in encoded
-            if prompt.image_spans
-        ]
+        seeing = {id(prompt): prompt for prompt in encoded if prompt.image_spans}
+        images = {
+            i: (self.images.key(prompt), self.images.take_inputs(self.collate([prompt])))
+            for i, prompt in seeing.items()
+        }
+        return [images[id(prompt)] for prompt in encoded if prompt.image_spans]
 
-    def _with_images(self, inputs: dict[str, Tensor], encoded: list[EncodedPrompt]) -> dict[str, object]:
+    def with_images(self, inputs: dict[str, Tensor], encoded: list[EncodedPrompt]) -> dict[str, object]:
         """Model inputs with the pixels replaced by what the image encoder made of them."""
-        inputs: dict[str, object] = dict(inputs)
-        pixels = self.images.take_inputs(inputs) if self.images is not None else {}
+        rest: dict[str, object] = dict(inputs)
+        pixels = self.images.take_inputs(rest) if self.images is not None else {}
         if pixels and self._keeps_images:
-            inputs["mm_encoder_outputs"] = {"image": self.images.recall(self._images_of(encoded))}
+            rest["mm_encoder_outputs"] = {"image": self.images.recall(self._images_of(encoded))}
         elif pixels:
-            inputs["mm_encoder_outputs"] = {"image": self.images.encode(pixels)}
-        return inputs
+            rest["mm_encoder_outputs"] = {"image": self.images.encode(pixels)}
+        return rest
 
     def run(
         self, inputs: Mapping[str, object], positions: Tensor, **kwargs: object
@@ -192,14 +203,13 @@ class MultimodalLM(nn.Module):
         rollouts that run together, every one in exactly one of them; the activations of all but the last chunk are
         computed again in the backward pass.
         """
-        hidden_of = self._hidden_shared if self.shared_prefix else self._hidden_plain
         chunks = [torch.arange(len(row_R), device=row_R.device)] if chunks is None else chunks
-        hidden, where = hidden_of(encoded, row_R, response_RT, mask_RT, chunks)
+        hidden, where = self._hidden(encoded, row_R, response_RT, mask_RT, chunks)
         head = self.transformer.get_output_embeddings()
-        values = token_logprobs(hidden, head, response_RT[where], temperature)
-        return torch.zeros(response_RT.shape, device=values.device).index_put(where, values)
+        values = token_logprobs(hidden, head, response_RT[where], temperature, self.softcap)
+        return values.new_zeros(response_RT.shape).index_put(where, values)
 
-    def _hidden_shared(
+    def _hidden(
         self,
         encoded: list[EncodedPrompt],
         row_R: Tensor,
@@ -208,7 +218,7 @@ class MultimodalLM(nn.Module):
         chunks: list[Tensor],
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Hidden states [M, H] that predict the real tokens, and the (rollout, position) of each."""
-        prefix = self.prefill(encoded)
+        prefix = self.prefill(encoded) if self.shared_prefix else None
         # In training mode transformers recomputes layer by layer already.
         recomputes = self.model.training and self.transformer.is_activation_checkpointing
         hidden, rollouts, positions = [], [], []
@@ -217,12 +227,15 @@ class MultimodalLM(nn.Module):
             # Position t is predicted from token t-1, so the last token is never fed; a lone token is fed all the
             # same, because under ZeRO-3 every rank must run every layer equally often.
             fed = slice(0, max(1, n_tokens - 1))
-            arguments = prefix, row_R[chunk], response_RT[chunk, fed]
+            if prefix is None:
+                run = partial(self._run_rows, [encoded[row] for row in row_R[chunk].tolist()])
+            else:
+                run = partial(self._continue, prefix, row_R[chunk])
             if torch.is_grad_enabled() and chunk is not chunks[-1] and not recomputes:
                 with set_checkpoint_early_stop(False):  # ZeRO-3 must see every layer's end
-                    states = checkpoint(self._continue, *arguments, use_reentrant=False)
+                    states = checkpoint(run, response_RT[chunk, fed], use_reentrant=False)
             else:
-                states = self._continue(*arguments)
+                states = run(response_RT[chunk, fed])
             keep = mask_RT[chunk, :n_tokens]
             hidden.append(states[:, :n_tokens][keep])
             rollout, position = keep.nonzero(as_tuple=True)
@@ -239,28 +252,17 @@ class MultimodalLM(nn.Module):
         )
         return torch.cat([prefix.last_hidden_BH[row_R][:, None], output.last_hidden_state], dim=1)
 
-    def _hidden_plain(
-        self,
-        encoded: list[EncodedPrompt],
-        row_R: Tensor,
-        response_RT: Tensor,
-        mask_RT: Tensor,
-        chunks: list[Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """See :meth:`_hidden_shared`; one full row per rollout, all rows at once."""
-        inputs = self.collate([encoded[row] for row in row_R.tolist()])
-        n_prompt, n_response = inputs["input_ids"].shape[1], response_RT.shape[1]
+    def _run_rows(self, prompts: list[EncodedPrompt], fed_RT: Tensor) -> Tensor:
+        """See :meth:`_continue`; one prompt and its response per row."""
+        inputs = self.collate(prompts)
         positions = self.position_ids(inputs)
-        behind = self.response_positions(next_position(positions), n_response)
-        positions = torch.cat([positions, behind], dim=-1)
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], response_RT], dim=1)
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask_RT.to(torch.int64)], dim=1)
-        if "mm_token_type_ids" in inputs:
-            zeros = torch.zeros_like(response_RT)
-            inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], zeros], dim=1)
-        output = self.run(inputs, positions)
-        keep = mask_RT.bool()
-        return output.last_hidden_state[:, n_prompt - 1 : -1][keep], keep.nonzero(as_tuple=True)
+        behind = self.response_positions(next_position(positions), fed_RT.shape[1])
+        # Padding stands behind a response, where none of its tokens looks: no mask needed.
+        response = dict.fromkeys(self.processor.token_inputs, torch.zeros_like(fed_RT))
+        response |= {"input_ids": fed_RT, "attention_mask": torch.ones_like(fed_RT)}
+        inputs |= {name: torch.cat([inputs[name], value], dim=1) for name, value in response.items()}
+        output = self.run(self.with_images(inputs, prompts), torch.cat([positions, behind], dim=-1))
+        return output.last_hidden_state[:, -fed_RT.shape[1] - 1 :]
 
     # ------------------------------------------------------------------ positions
 

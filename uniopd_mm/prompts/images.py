@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniopd_mm.errors import DataError
+from uniopd_mm.processors import ProcessorError
+from uniopd_mm.processors.images import require_pixels, to_rgb
 from uniopd_mm.rollout import Prompt
 
 if TYPE_CHECKING:
@@ -78,33 +80,43 @@ def _open(value: Any, where: str) -> Image:
         source = image_source(value)
     except ValueError as error:
         raise DataError(f"{where} {error}.") from error
-    label = f" ({source})" if isinstance(source, Path) else ""
+    label = f"{where} ({source})" if isinstance(source, Path) else where
     try:
-        return _decode(source)
+        return _decode(source, label)
+    except ProcessorError as error:
+        raise DataError(f"{error} Mend it or remove the row.") from error
     except FileNotFoundError as error:
-        raise DataError(f"{where}{label} does not exist. Restore it, or set image_root.") from error
+        raise DataError(f"{label} does not exist. Restore it, or set image_root.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         what_to_do = "Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS."
-        raise DataError(f"{where}{label} is too large: {error} {what_to_do}") from error
+        raise DataError(f"{label} is too large: {error} {what_to_do}") from error
     # Decoders fail with anything at all on damaged bytes: struct.error, SyntaxError, zlib.error, IndexError, ...
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"{where}{label} cannot be decoded: {reason}. Re-encode it or remove the row."
-        ) from error
+        raise DataError(f"{label} cannot be decoded: {reason}. Re-encode it or remove the row.") from error
 
 
-def _decode(source: Path | str | bytes | Image) -> Image:
+def _decode(source: Path | str | bytes | Image, label: str) -> Image:
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return _upright_rgb(source)
+        return _rgb(source, label)
     if isinstance(source, str):
         source = _base64_bytes(source)
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     Image.init()
     with Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-        return _upright_rgb(image)
+        return _rgb(image, label)
+
+
+def _rgb(image: Image, label: str) -> Image:
+    """Grey of 16 bits is scaled to 8, as Pillow itself does with colours of 16 bits: it keeps the upper byte."""
+    if image.mode.startswith("I;16"):
+        from PIL import ImageOps
+
+        require_pixels(image.width, image.height, label)
+        image = ImageOps.exif_transpose(image).convert("I").point(lambda value: value / 256).convert("L")
+    return to_rgb(image, label)
 
 
 def _base64_bytes(text: str) -> bytes:
@@ -116,19 +128,3 @@ def _base64_bytes(text: str) -> bytes:
         return base64.b64decode("".join(text.split()), validate=True)
     except binascii.Error as error:
         raise ValueError(f"not valid base64 ({error})") from error
-
-
-def _upright_rgb(image: Image) -> Image:
-    from PIL import Image, ImageOps
-
-    if 0 in image.size:
-        raise ValueError(f"it has no pixels ({image.width} x {image.height})")
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow clips 16-bit gray at 255 instead of scaling it
-        image = image.point(lambda value: value / 256).convert("L")
-    if image.has_transparency_data:  # plain convert("RGB") would put black drawings on black
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-    return image.convert("RGB")
