@@ -80,7 +80,11 @@ class VLMProcessor:
 
         self.path = str(path_or_id)
         self.hub: dict[str, Any] = {} if revision is None else {"revision": revision}
-        self.config = AutoConfig.from_pretrained(self.path, **self.hub)
+        try:
+            self.config = AutoConfig.from_pretrained(self.path, **self.hub)
+        except ImportError:  # some configs import torchvision, if it is there, and say another thing
+            require_working_torchvision()
+            raise
         self.model_type: str = self.config.model_type
         self.tokenizer = AutoTokenizer.from_pretrained(self.path, **self.hub)
         settings = self.read_processor_files() if self.sees_images else {}

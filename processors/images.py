@@ -33,9 +33,10 @@ def to_rgb(image: Any, label: str = "The image") -> Image:
     _require_8_bits(image, label)
     try:
         return _upright_on_white(image)
-    # Damaged metadata fails with anything at all, even SyntaxError.
+    # Damaged EXIF data fails with anything at all, even SyntaxError.
     except Exception as error:
-        raise ProcessorError(f"{label} cannot be converted to RGB: {_say(error)}.") from error
+        what = f"(mode {image.mode}) cannot be turned upright and converted to RGB"
+        raise ProcessorError(f"{label} {what}: {_say(error)}.") from error
 
 
 def to_rgb_all(images: Sequence[Any]) -> list[Image]:
@@ -77,7 +78,8 @@ def _require_8_bits(image: Image, label: str) -> None:
     if not image.mode.startswith(("I", "F")):
         return
     wide = image.convert("F") if image.mode.startswith("I;") else image
-    least, most = wide.getextrema()
+    extrema: Any = wide.getextrema()  # of the one band that these modes have
+    least, most = extrema
     if not (least >= 0 and most <= 255):
         raise ProcessorError(
             f"{label} has brightness values from {least:g} to {most:g} (mode {image.mode}); expected 0 to 255, the "

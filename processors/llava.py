@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from uniopd_mm.processors.base import VLMProcessor
 from uniopd_mm.processors.errors import ProcessorError
+from uniopd_mm.processors.images import require_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +33,11 @@ class LlavaAdapter(VLMProcessor):
             )
         self.image_processor = AutoImageProcessor.from_pretrained(self.path, **self.hub)
         vision = self.config.vision_config
+        if vision.model_type == "pixtral":  # rows and end of an image are tokens of their own, sizes differ
+            raise ProcessorError(
+                f"{self.path} is a Pixtral model under the model type llava; this adapter would give it wrong tokens.  "
+                "Register an adapter for it: processors/README.md shows one."
+            )
         # For old processor files that lack these.  A CLIP tower puts one class token before the patches.
         defaults = {
             "patch_size": vision.patch_size,
@@ -42,12 +48,15 @@ class LlavaAdapter(VLMProcessor):
         self.processor_settings = {**defaults, **given}
 
     def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[str]]:
+        for image in images:
+            self._require_size_after_resizing(image.width, image.height)
         pixels = self.image_processor(images, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels}, [self.image_token * self._count_tokens(*pixels.shape[-2:])] * len(
             images
         )
 
     def expected_image_tokens(self, height: int, width: int) -> int:
+        self._require_size_after_resizing(width, height)
         processor = self.image_processor
         if processor.do_center_crop:
             return self._count_tokens(processor.crop_size["height"], processor.crop_size["width"])
@@ -60,6 +69,14 @@ class LlavaAdapter(VLMProcessor):
 
     def write_image_files(self, folder: Path) -> None:
         self.image_processor.save_pretrained(folder)
+
+    def _require_size_after_resizing(self, width: int, height: int) -> None:
+        """The shorter side is resized before the crop: to 336 pixels, a line of 10000 x 1 takes 11 GB."""
+        edge = self.image_processor.size.shortest_edge
+        if self.image_processor.do_resize and edge:
+            scale = edge / min(width, height)
+            label = f"An image of {width} x {height} pixels, its shorter side resized to {edge},"
+            require_pixels(round(width * scale), round(height * scale), label)
 
     def _count_tokens(self, height: int, width: int) -> int:
         """Placeholders of an image of this size after resizing."""

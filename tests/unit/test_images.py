@@ -122,6 +122,15 @@ def test_an_image_without_pixels_is_an_error(mode: str, size: tuple[int, int]) -
         open_images(row(Image.new(mode, size)))
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"garbage", b"II*\0"])
+def test_damaged_exif_data_is_an_error(exif: bytes) -> None:
+    data = encoded(COLOUR, exif=exif)
+    with pytest.raises(ProcessorError, match=r"^Image 1 \(mode RGB\) cannot be turned upright"):
+        to_rgb(opened(data), "Image 1")
+    with pytest.raises(DataError, match=r"^x\.jsonl:7: image 1 of 1 .* cannot be turned upright"):
+        open_images(row(data))
+
+
 # ---- decompression bombs
 
 
@@ -141,6 +150,9 @@ def test_an_image_that_pillow_only_warns_of_is_refused_before_it_is_decoded(
         undecoded = opened(data)
         with pytest.raises(DataError, match=r"^x\.jsonl:7: image 1 of 1 is too large"):
             open_images(row(undecoded))
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with pytest.raises(DataError, match=r"^x\.jsonl:7: image 1 of 1 is too large"):
+            open_images(row(data))
     assert image.tile and undecoded.tile, "Pillow has pixels still to decode"
 
 
@@ -281,12 +293,21 @@ def test_16_bit_grey_of_a_row_is_scaled_to_8_bits(kind: str) -> None:
     assert np.array_equal(np.array(image)[..., 0], DEEP_GREY >> 8)
 
 
+def test_16_bit_grey_of_a_row_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(DEEP_GREY), exif=exif)
+    assert opened(data).size == (4, 2) and open_images(row(data))[0].size == (2, 4)
+
+
 def test_a_row_whose_scale_nobody_knows_is_an_error() -> None:
     for data in (_deep_grey("PPM"), encoded(Image.fromarray(DEEP_GREY.astype(np.float32)), "TIFF")):
         with pytest.raises(
             DataError, match=r"^x\.jsonl:7: image 1 of 1 has brightness values from 0 to 65535"
         ):
             open_images(row(data))
+    with pytest.raises(DataError, match="from -1 to 0"):
+        open_images(row(Image.fromarray(np.array([[-1, 0]], dtype=np.int32))))
 
 
 # ---- extreme shapes

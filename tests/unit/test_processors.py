@@ -256,6 +256,12 @@ def test_a_bad_image_is_an_error_that_says_which(seeing: VLMProcessor, bad: Any)
         seeing.encode(user(None, None), [A, _truncated() if bad == "truncated" else bad])
 
 
+def test_an_image_that_llava_would_blow_up_before_the_crop_is_an_error(tmp_path: Path) -> None:
+    adapter = get_processor(tiny.build_llava(tmp_path, image_size=336))
+    with pytest.raises(ProcessorError, match="too large"):
+        adapter.encode(user(None), [Image.new("RGB", (10000, 1))])
+
+
 @pytest.mark.parametrize("name", QWEN)
 def test_an_image_too_narrow_for_the_family_is_an_error(adapters: dict[str, VLMProcessor], name: str) -> None:
     with pytest.raises(ProcessorError, match="1000 x 2"):

@@ -112,10 +112,8 @@ def _decode(source: Path | str | bytes | Image, label: str) -> Image:
 def _rgb(image: Image, label: str) -> Image:
     """Grey of 16 bits is scaled to 8, as Pillow itself does with colours of 16 bits: it keeps the upper byte."""
     if image.mode.startswith("I;16"):
-        from PIL import ImageOps
-
-        require_pixels(image.width, image.height, label)
-        image = ImageOps.exif_transpose(image).convert("I").point(lambda value: value / 256).convert("L")
+        require_pixels(image.width, image.height, label)  # before it is decoded
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     return to_rgb(image, label)
 
 
