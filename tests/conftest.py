@@ -18,7 +18,7 @@ class TinyModels(Mapping[str, Path]):
     """Family -> folder, built when it is first asked for; ``text`` is a causal LM with the same vocabulary."""
 
     def __init__(self, root: Path) -> None:
-        from rooms import FAMILIES
+        from families import FAMILIES
 
         self.root, self.names, self.built = root, (*FAMILIES, "text"), {}
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
-from families import FAMILIES, family
+from families import family
 
 from uniopd_mm.config import ModelConfig, SamplingConfig, TeacherConfig
 from uniopd_mm.engines import LocalEngine, encode_groups
@@ -15,6 +18,9 @@ from uniopd_mm.rollout import Group, Prompt, fill
 from uniopd_mm.teachers import LocalTeacher
 
 CPU = torch.device("cpu")
+REPRESENTATIVES = ("llava", "qwen3_vl", "gemma3", "qwen3_5")
+"""The kinds of families there are: plain attention, M-RoPE with features in several layers, sliding windows, linear
+attention."""
 
 
 def build(name: str, folder: Path, seed: int = 0) -> Path:
@@ -24,6 +30,35 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
 
 def load(folder: Path, shared_prefix: bool = True) -> MultimodalLM:
     return load_model(ModelConfig(model=str(folder), dtype="float32", shared_prefix=shared_prefix), CPU)
+
+
+def rebuild(
+    source: Path,
+    folder: Path,
+    text: dict[str, Any],
+    *,
+    model_type: str | None = None,
+    **settings: Any,
+) -> Path:
+    """A copy of a tiny model with other settings (``text``: of its language model), or another type, and new weights."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    shutil.copytree(source, folder)
+    old = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    own_type = old.pop("model_type")
+    if model_type is not None:
+        del old["text_config"]["model_type"], old["vision_config"]["model_type"]
+    old |= {"text_config": old["text_config"] | text, **settings}
+    config = AutoConfig.for_model(model_type or own_type, **old)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config)
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                torch.nn.init.normal_(parameter, std=0.08)
+    model.save_pretrained(folder)
+    shutil.copy(source / "generation_config.json", folder)
+    return folder
 
 
 def make_prompt(n_images: int, seed: int = 0, domain: str = "default") -> Prompt:
@@ -69,5 +104,5 @@ def plain_logprobs(model: MultimodalLM, group: Group, response_ids: torch.Tensor
         inputs[name] = torch.cat([inputs[name], torch.zeros_like(response_ids[None])], dim=1)
     if hasattr(model.transformer.base_model, "rope_deltas"):
         model.transformer.base_model.rope_deltas = None  # state that an earlier generate() leaves behind
-    logits = model.transformer(**inputs, use_cache=False).logits[0, n_prompt - 1 : -1].float()
+    logits = model.transformer(**inputs, use_cache=False).logits[0, n_prompt - 1 : -1]
     return logits.log_softmax(-1).gather(-1, response_ids[:, None])[:, 0]

@@ -53,13 +53,14 @@ class ModelConfig(Settings):
     """auto = flash_attention_2 where it is installed and there is a GPU, else sdpa.  With shared_prefix this is the vision
     tower's; the language model then uses PyTorch's own kernels (sdpa)."""
     min_pixels: int | None = None
-    """Smallest image area in pixels after resizing (Qwen families); null = the processor's own."""
+    """Smallest image area in pixels after resizing, for families that resize freely; null = the processor's own."""
     max_pixels: int | None = None
-    """Largest image area in pixels after resizing (Qwen families); null = the processor's own."""
+    """Largest image area in pixels after resizing, for families that resize freely; null = the processor's own."""
     template: dict[str, Any] = {}
     """Extra variables of the chat template, e.g. {enable_thinking: false}."""
     shared_prefix: bool = True
-    """Run a group's prompt once and its responses behind it (exact); false = one full row per rollout, to compare."""
+    """Run a group's prompt once and its responses behind it (exact); false = one full row per rollout, to compare.
+    Models with linear attention always run full rows."""
     vision_cache_mib: int = Field(default=1024, ge=0)
     """Memory for what a frozen vision tower made of the images it has seen, MiB; 0 = forgotten after each step."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import tiny
 import yaml
+from rooms import build
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train_mm.py"
@@ -40,7 +41,7 @@ def write_rows(folder: Path, n: int = 24) -> Path:
 
 def write_recipe(folder: Path, models: dict[str, Path], family: str = "llava", **changes: Any) -> Path:
     """A small but complete run: a multimodal teacher, a text-only teacher, everything switched on."""
-    teacher = getattr(tiny, f"build_{family}")(folder / "teacher", seed=5)
+    teacher = build(family, folder / "teacher", seed=5)
     recipe = {
         "out": str(folder / "run"),
         "steps": 3,

@@ -11,16 +11,10 @@ from families import FAMILIES
 from rooms import load, make_groups, make_teacher, plain_logprobs, sample
 
 from uniopd_mm.config import TrainConfig
-from uniopd_mm.distributed import World, close_world, init_world
+from uniopd_mm.distributed import World
 from uniopd_mm.rollout import Group, Outcome, fill
 from uniopd_mm.training.credit import assign_advantages
 from uniopd_mm.training.trainer import Trainer, accumulation_steps
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    yield init_world(60)
-    close_world()
 
 
 class RecordingTrainer(Trainer):

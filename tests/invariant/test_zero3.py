@@ -88,12 +88,6 @@ def stepped(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    yield init_world(60)
-    close_world()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_of_two_ranks_that_share_the_weights_equals_that_of_one(
     family: str, tiny_models: dict[str, Path], stepped: Path, world: World

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rooms import CPU, FAMILIES, load, make_groups, make_teacher, sample
+from families import FAMILIES
+from rooms import CPU, build, load, make_groups, make_teacher, sample
 
 from uniopd_mm.config import ModelConfig, TrainConfig
 from uniopd_mm.models import load_model
@@ -29,10 +30,8 @@ CONFIG = TrainConfig.model_validate(
 def test_null_test_passes_whatever_the_teachers_weights(
     family: str, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    import tiny
-
     student = load(tiny_models[family])
-    other = load(getattr(tiny, f"build_{family}")(tmp_path / "other", seed=9))
+    other = load(build(family, tmp_path / "other", seed=9))
     groups = sample(student, make_groups(student, (0, 1, 2) if family != "text" else (0, 0)))
     finding = null_test(student, make_teacher(other, student), groups, CONFIG)
     assert finding.ok is True and "worst |A|" in finding.text

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 NAME = "shared_prefix"
 QUERY_BLOCK = 256
 """Response tokens that attend together: what lies behind the last of them is left out instead of masked out."""
+FLASH_HEAD = 256
+"""Largest head that the kernel for half precision takes."""
 FIRST_CAPACITY = 64
 """Response tokens that a decoding pass first has room for; it grows by doubling."""
 
@@ -182,8 +184,8 @@ class ResponsePass:
         # Padding stands behind a response, where none of its tokens looks, so only the prompts' own needs a mask.
         self.prompt_RP = prefix.mask_BP[row_R] if prefix.is_padded else None
         # The kernel for half precision and a plain causal mask leaves out by itself what is masked.
-        self.is_flash = prefix.keys[0].dtype != torch.float32 and row_R.is_cuda and not prefix.is_padded
-        self.blocks: dict[tuple[int, int | None], list[Block]] = {}
+        self.has_flash = prefix.keys[0].dtype != torch.float32 and row_R.is_cuda and not prefix.is_padded
+        self.blocks: dict[tuple[int, int | None, bool], list[Block]] = {}
 
     def attend(
         self,
@@ -202,10 +204,12 @@ class ResponsePass:
         n_prompt = key.shape[2] - self.n_tokens
         # A window wider than prompt and response is none.
         window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
-        if (n_prompt, window) not in self.blocks:
-            self.blocks[n_prompt, window] = self._make_blocks(n_prompt, window)
+        is_flash = self.has_flash and window is None and query.shape[-1] <= FLASH_HEAD
+        kind = n_prompt, window, is_flash
+        if kind not in self.blocks:
+            self.blocks[kind] = self._make_blocks(*kind)
         # On a GPU, the other kernels cannot take grouped heads as they are and would hold all scores.
-        grouped = (self.is_flash and window is None) or not query.is_cuda
+        grouped = is_flash or not query.is_cuda
         if not grouped:
             n_repeats = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(n_repeats, dim=1) for x in (key, value))
@@ -218,13 +222,13 @@ class ResponsePass:
                 scale=scaling,
                 enable_gqa=grouped,
             )
-            for block in self.blocks[n_prompt, window]
+            for block in self.blocks[kind]
         ]
         return torch.cat(parts, dim=2).transpose(1, 2), None
 
-    def _make_blocks(self, n_prompt: int, window: int | None) -> list[Block]:
+    def _make_blocks(self, n_prompt: int, window: int | None, is_flash: bool) -> list[Block]:
         """What response tokens see of the prompt's last ``n_prompt`` tokens and of each other."""
-        size = self.n_tokens if self.is_flash and window is None else QUERY_BLOCK
+        size = self.n_tokens if is_flash else QUERY_BLOCK
         blocks = []
         for start in range(0, self.n_tokens, size):
             end = min(start + size, self.n_tokens)

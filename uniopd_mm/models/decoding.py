@@ -55,12 +55,11 @@ class PlainDecoding:
 
     def __init__(self, lm: MultimodalLM, encoded: list[EncodedPrompt], n: int) -> None:
         self.lm = lm
-        inputs = lm.collate(encoded)
-        positions = lm.position_ids(inputs)
-        output = lm.run(lm.with_images(inputs, encoded), positions, use_cache=True)
+        prompts = lm.prepare(encoded)
+        output = lm.run_prompts(prompts, use_cache=True)
         self.cache = output.past_key_values
-        self.mask_RL = inputs["attention_mask"]
-        self.position_R = next_position(positions)
+        self.mask_RL = prompts.inputs["attention_mask"]
+        self.position_R = next_position(prompts.positions)
         row_R = torch.arange(len(encoded), device=lm.device).repeat_interleave(n)
         self.hidden_RH = output.last_hidden_state[row_R, -1]
         self.keep(row_R)

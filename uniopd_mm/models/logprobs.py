@@ -75,7 +75,7 @@ def token_statistics(
         if not torch.is_grad_enabled():  # a Function goes by requires_grad alone
             tensors = tuple(None if t is None else t.detach() for t in tensors)
         return TokenStatistics(
-            *_LinearStatistics.apply(*tensors, target_M, temperature, softcap, n_chunks, entropy, top_k)
+            *_LinearStatistics.apply(*tensors, target_M, temperature, n_chunks, entropy, top_k, softcap)
         )
     recompute = torch.is_grad_enabled() and n_chunks > 1
     pieces = []
@@ -214,10 +214,10 @@ class _LinearStatistics(torch.autograd.Function):
         bias_V: Tensor | None,
         target_M: Tensor,
         temperature: float,
-        softcap: float | None,
         n_chunks: int,
         entropy: bool,
         top_k: int,
+        softcap: float | None = None,
     ) -> tuple[Tensor | None, ...]:
         to_hidden, to_head = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         pieces, slopes, kept_MV = [], [], None

@@ -35,6 +35,7 @@ STAGE_PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
     "qwen3_vl_moe": _QWEN,
     "qwen3_5": _QWEN,
     "qwen3_5_moe": _QWEN,
+    "qwen4_exp": _QWEN,
 }
 """``config.model_type`` -> stage -> module prefixes; the longest match wins, everything else is ``language``.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from uniopd_mm.errors import AlignmentError
 from uniopd_mm.models.attention import (
     Prefix,
     PrefixPass,
@@ -28,15 +30,36 @@ from uniopd_mm.models.attention import (
     windows_of,
 )
 from uniopd_mm.models.logprobs import token_logprobs
-from uniopd_mm.models.vision import ImageEncoder
+from uniopd_mm.models.vision import Features, ImageEncoder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     from uniopd_mm.processors import EncodedPrompt, VLMProcessor
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, or of prompts with their responses, as the language model reads it."""
+
+    inputs: dict[str, Tensor]
+    """[B, P] each: ``input_ids``, ``attention_mask`` and the family's own."""
+    positions: Tensor
+    """[B, P], or [3, B, P] for M-RoPE."""
+    images: list[Features | None]
+    """What each prompt's image tokens stand for; None without images."""
+
+    def rows(self, row_R: Tensor) -> Prompts:
+        """One prompt per rollout, padded to the longest of them."""
+        longest = int(self.inputs["attention_mask"][row_R].sum(-1).max())
+        return Prompts(
+            {name: value[row_R, -longest:] for name, value in self.inputs.items()},
+            self.positions[..., row_R, -longest:],
+            [self.images[row] for row in row_R.tolist()],
+        )
 
 
 class MultimodalLM(nn.Module):
@@ -95,7 +118,7 @@ class MultimodalLM(nn.Module):
         return hasattr(self.transformer.base_model, "get_rope_index")
 
     @property
-    def text_config(self) -> object:
+    def text_config(self) -> PreTrainedConfig:
         return self.transformer.config.get_text_config()
 
     def collate(self, encoded: list[EncodedPrompt]) -> dict[str, Tensor]:
@@ -119,12 +142,18 @@ class MultimodalLM(nn.Module):
 
     # ------------------------------------------------------------------ prompts
 
-    def prefill(self, encoded: list[EncodedPrompt]) -> Prefix:
-        """Run prompts: image encoder and language model once each."""
+    def prepare(self, encoded: list[EncodedPrompt]) -> Prompts:
+        """Prompts as the language model reads them: the image encoder has run, once."""
         inputs = self.collate(encoded)
         positions = self.position_ids(inputs)
-        prefix = PrefixPass()
-        output = self.run(self.with_images(inputs, encoded), positions, shared_prefix=prefix)
+        pixels = self.images.take_inputs(inputs) if self.images is not None else {}
+        features = self._encode_images(encoded, pixels) if pixels else [None] * len(encoded)
+        return Prompts(inputs, positions, features)
+
+    def prefill(self, encoded: list[EncodedPrompt]) -> Prefix:
+        """Run prompts: image encoder and language model once each."""
+        prompts, prefix = self.prepare(encoded), PrefixPass()
+        output = self.run_prompts(prompts, shared_prefix=prefix)
         wanted = windows_of(self.text_config)
         if prefix.windows != wanted:
             raise RuntimeError(
@@ -135,10 +164,16 @@ class MultimodalLM(nn.Module):
             prefix.keys,
             prefix.values,
             prefix.source,
-            inputs["attention_mask"].bool(),
-            next_position(positions),
+            prompts.inputs["attention_mask"].bool(),
+            next_position(prompts.positions),
             output.last_hidden_state[:, -1],
         )
+
+    def run_prompts(self, prompts: Prompts, **kwargs: object) -> BaseModelOutputWithPast:
+        """The model without its head."""
+        seen = [features for features in prompts.images if features is not None]
+        images = {"mm_encoder_outputs": {"image": self.images.as_output(seen)}} if seen else {}
+        return self.run({**prompts.inputs, **images}, prompts.positions, **kwargs)
 
     def remember_images(self, encoded: list[EncodedPrompt]) -> None:
         """Run the frozen part of the image encoder on prompts that it has not seen, so that no later pass does."""
@@ -163,22 +198,32 @@ class MultimodalLM(nn.Module):
 
     def _images_of(self, encoded: list[EncodedPrompt]) -> list[tuple[bytes, dict[str, Tensor]]]:
         """Content and inputs of the images, prompt by prompt."""
-        seeing = {id(prompt): prompt for prompt in encoded if prompt.image_spans}
-        images = {
-            i: (self.images.key(prompt), self.images.take_inputs(self.collate([prompt])))
-            for i, prompt in seeing.items()
-        }
-        return [images[id(prompt)] for prompt in encoded if prompt.image_spans]
+        return [
+            (self.images.key(prompt), self.images.take_inputs(self.collate([prompt])))
+            for prompt in encoded
+            if prompt.image_spans
+        ]
 
-    def with_images(self, inputs: dict[str, Tensor], encoded: list[EncodedPrompt]) -> dict[str, object]:
-        """Model inputs with the pixels replaced by what the image encoder made of them."""
-        rest: dict[str, object] = dict(inputs)
-        pixels = self.images.take_inputs(rest) if self.images is not None else {}
-        if pixels and self._keeps_images:
-            rest["mm_encoder_outputs"] = {"image": self.images.recall(self._images_of(encoded))}
-        elif pixels:
-            rest["mm_encoder_outputs"] = {"image": self.images.encode(pixels)}
-        return rest
+    def _encode_images(
+        self, encoded: list[EncodedPrompt], pixels: dict[str, Tensor]
+    ) -> list[Features | None]:
+        """Features of each prompt's images, None without; ``pixels`` are the image encoder's inputs of all of them."""
+        if self._keeps_images:
+            features = self.images.recall(self._images_of(encoded))
+        else:
+            features = self.images.encode(pixels)
+        counts = [
+            int((prompt.input_ids == self.processor.image_token_id).sum())
+            for prompt in encoded
+            if prompt.image_spans
+        ]
+        if sum(counts) != len(features[0]):
+            raise AlignmentError(
+                f"{self.processor.path}: the processor made {sum(counts)} image tokens, the vision tower "
+                f"{len(features[0])} features. Processor files and weights do not belong together."
+            )
+        parts = zip(*(layer.split(counts) for layer in features), strict=True)
+        return [next(parts) if prompt.image_spans else None for prompt in encoded]
 
     def run(
         self, inputs: Mapping[str, object], positions: Tensor, **kwargs: object
@@ -219,6 +264,7 @@ class MultimodalLM(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Hidden states [M, H] that predict the real tokens, and the (rollout, position) of each."""
         prefix = self.prefill(encoded) if self.shared_prefix else None
+        prompts = self.prepare(encoded) if prefix is None else None
         # In training mode transformers recomputes layer by layer already.
         recomputes = self.model.training and self.transformer.is_activation_checkpointing
         hidden, rollouts, positions = [], [], []
@@ -228,7 +274,7 @@ class MultimodalLM(nn.Module):
             # same, because under ZeRO-3 every rank must run every layer equally often.
             fed = slice(0, max(1, n_tokens - 1))
             if prefix is None:
-                run = partial(self._run_rows, [encoded[row] for row in row_R[chunk].tolist()])
+                run = partial(self._run_rows, prompts.rows(row_R[chunk]))
             else:
                 run = partial(self._continue, prefix, row_R[chunk])
             if torch.is_grad_enabled() and chunk is not chunks[-1] and not recomputes:
@@ -252,17 +298,19 @@ class MultimodalLM(nn.Module):
         )
         return torch.cat([prefix.last_hidden_BH[row_R][:, None], output.last_hidden_state], dim=1)
 
-    def _run_rows(self, prompts: list[EncodedPrompt], fed_RT: Tensor) -> Tensor:
+    def _run_rows(self, prompts: Prompts, fed_RT: Tensor) -> Tensor:
         """See :meth:`_continue`; one prompt and its response per row."""
-        inputs = self.collate(prompts)
-        positions = self.position_ids(inputs)
-        behind = self.response_positions(next_position(positions), fed_RT.shape[1])
+        n_tokens = fed_RT.shape[1]
+        behind = self.response_positions(next_position(prompts.positions), n_tokens)
         # Padding stands behind a response, where none of its tokens looks: no mask needed.
         response = dict.fromkeys(self.processor.token_inputs, torch.zeros_like(fed_RT))
         response |= {"input_ids": fed_RT, "attention_mask": torch.ones_like(fed_RT)}
-        inputs |= {name: torch.cat([inputs[name], value], dim=1) for name, value in response.items()}
-        output = self.run(self.with_images(inputs, prompts), torch.cat([positions, behind], dim=-1))
-        return output.last_hidden_state[:, -fed_RT.shape[1] - 1 :]
+        rows = Prompts(
+            {name: torch.cat([prompts.inputs[name], tokens], dim=1) for name, tokens in response.items()},
+            torch.cat([prompts.positions, behind], dim=-1),
+            prompts.images,
+        )
+        return self.run_prompts(rows).last_hidden_state[:, -n_tokens - 1 :]
 
     # ------------------------------------------------------------------ positions
 
