@@ -306,6 +306,19 @@ class VLMProcessor:
         """The placeholder, as text."""
         return self.tokenizer.convert_ids_to_tokens(self.image_token_id)
 
+    def fill_processor_settings(self, defaults: Mapping[str, Any]) -> None:
+        """``defaults`` for what processor_config.json leaves out or empty, as old folders do."""
+        given = {key: value for key, value in self.processor_settings.items() if value is not None}
+        self.processor_settings = {**defaults, **given}
+
+    def refuse_pixel_bounds(self, min_pixels: int | None, max_pixels: int | None) -> None:
+        """For families whose images all get one size."""
+        if min_pixels is not None or max_pixels is not None:
+            raise ProcessorError(
+                f"min_pixels and max_pixels do nothing for {self.model_type}: {self.path} resizes all images "
+                "to one size.  Leave them out."
+            )
+
     def _find_image_token(self) -> int:
         token_id = self.config.image_token_id
         if token_id not in self._vision.values():

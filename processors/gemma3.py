@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from uniopd_mm.processors.base import VLMProcessor
-from uniopd_mm.processors.errors import ProcessorError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,17 +47,12 @@ class Gemma3Adapter(VLMProcessor):
     def load_image_processor(self, min_pixels: int | None, max_pixels: int | None) -> None:
         from transformers import AutoImageProcessor
 
-        if min_pixels is not None or max_pixels is not None:
-            raise ProcessorError(
-                f"min_pixels and max_pixels do nothing for {self.model_type}: {self.path} resizes all images "
-                "to one size.  Leave them out."
-            )
+        self.refuse_pixel_bounds(min_pixels, max_pixels)
         self.image_processor = AutoImageProcessor.from_pretrained(self.path, **self.hub)
         for name, value in _PAN_AND_SCAN.items():
             if getattr(self.image_processor, name) is None:
                 setattr(self.image_processor, name, value)
-        given = {key: value for key, value in self.processor_settings.items() if value is not None}
-        self.processor_settings = {"image_seq_length": self.config.mm_tokens_per_image, **given}
+        self.fill_processor_settings({"image_seq_length": self.config.mm_tokens_per_image})
         soft_tokens = self.image_token * self.processor_settings["image_seq_length"]
         end = self.named_token("eoi_token", _NAMED_TOKENS)
         self._square = f"\n\n{self.image_marker}{soft_tokens}{end}\n\n"

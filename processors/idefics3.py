@@ -48,8 +48,7 @@ class Idefics3Adapter(VLMProcessor):
         if min_pixels is not None or max_pixels is not None:
             size = {"longest_edge": self._find_longest_edge(min_pixels, max_pixels)}
             self.image_processor = AutoImageProcessor.from_pretrained(self.path, **self.hub, size=size)
-        given = {key: value for key, value in self.processor_settings.items() if value is not None}
-        self.processor_settings = {"image_seq_len": self._count_features(), **given}
+        self.fill_processor_settings({"image_seq_len": self._count_features()})
         self._check_tokens_per_tile()
 
     def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[str]]:

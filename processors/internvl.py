@@ -46,8 +46,7 @@ class InternVLAdapter(VLMProcessor):
         self._start, self._end = (
             self.named_token(f"{end}_image_token", _NAMED_TOKENS) for end in ("start", "end")
         )
-        given = {key: value for key, value in self.processor_settings.items() if value is not None}
-        self.processor_settings = {"image_seq_length": self.config.image_seq_length, **given}
+        self.fill_processor_settings({"image_seq_length": self.config.image_seq_length})
 
     def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[str]]:
         tensors = self.image_processor(images, return_tensors="pt")

@@ -26,11 +26,7 @@ class LlavaAdapter(VLMProcessor):
     def load_image_processor(self, min_pixels: int | None, max_pixels: int | None) -> None:
         from transformers import AutoImageProcessor
 
-        if min_pixels is not None or max_pixels is not None:
-            raise ProcessorError(
-                f"min_pixels and max_pixels do nothing for {self.model_type}: {self.path} resizes all images "
-                "to one size.  Leave them out."
-            )
+        self.refuse_pixel_bounds(min_pixels, max_pixels)
         self.image_processor = AutoImageProcessor.from_pretrained(self.path, **self.hub)
         vision = self.config.vision_config
         if vision.model_type == "pixtral":  # rows and end of an image are tokens of their own, sizes differ
@@ -44,8 +40,7 @@ class LlavaAdapter(VLMProcessor):
             "vision_feature_select_strategy": self.config.vision_feature_select_strategy,
             "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),
         }
-        given = {key: value for key, value in self.processor_settings.items() if value is not None}
-        self.processor_settings = {**defaults, **given}
+        self.fill_processor_settings(defaults)
 
     def process_images(self, images: list[Image]) -> tuple[dict[str, Tensor], list[str]]:
         for image in images:

@@ -44,8 +44,7 @@ class LlavaNextAdapter(VLMProcessor):
             )
         self.image_processor = AutoImageProcessor.from_pretrained(self.path, **self.hub)
         self._check_pinpoints()
-        given = {key: value for key, value in self.processor_settings.items() if value is not None}
-        self.processor_settings = {**self.default_settings(), **given}
+        self.fill_processor_settings(self.default_settings())
 
     def default_settings(self) -> dict[str, Any]:
         """For old processor files that lack these.  A CLIP tower puts one class token before the patches."""

@@ -64,8 +64,9 @@ def token_statistics(
 ) -> TokenStatistics:
     """log p(target) and, without gradient, entropy and the ``top_k`` most likely tokens, all at ``temperature``.
 
-    ``head`` is the output embedding; ``softcap`` bounds its logits by tanh, as Gemma does.  A target outside its vocabulary is an :class:`AlignmentError`.  Differentiable
-    once.  Under ZeRO-3 every rank must call this equally often; where gradients are on, each with its own M.
+    ``head`` is the output embedding; ``softcap`` bounds its logits by tanh, as Gemma does.  A target outside its
+    vocabulary is an :class:`AlignmentError`.  Differentiable once.  Under ZeRO-3 every rank must call this equally
+    often; where gradients are on, each with its own M.
     """
     n_vocabulary = _vocabulary_size(head)
     _check_targets(target_M, n_vocabulary)
