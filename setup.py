@@ -17,6 +17,7 @@ INSTALL = [
     "torch>=2.6",
     "transformers>=5.23,<6",
     "accelerate>=1.0",
+    "httpx2>=2,<3",  # servers; huggingface-hub brings it anyway
     "jinja2>=3.1",  # chat templates
     "numpy",
     "pillow>=10.1",
