@@ -77,6 +77,24 @@ class StudentConfig(ModelConfig):
 View = Literal["image", "text", "drop"]
 
 
+class ServerConfig(Settings):
+    kind: Literal["vllm", "vllm_text", "sglang", "openai"] = "vllm"
+    """vllm = /inference/v1/generate of vLLM (start it with --enable-scale-out); sglang = /generate of SGLang; both take
+    images.  For text alone: vllm_text = /v1/completions of vLLM; openai = /v1/completions with echo, of other servers."""
+    urls: list[str] = Field(min_length=1)
+    """Servers of the same model, e.g. ["http://node1:8000", "http://node2:8000"]; requests go to the least busy one."""
+    model: str | None = None
+    """Name under which the model is served; null = the only one that the servers have."""
+    concurrency: int = Field(default=32, gt=0)
+    """Requests under way at each URL, from each rank."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """A request that takes longer has failed, and is tried again."""
+    retries: int = Field(default=4, ge=0)
+    """Further attempts after a failed one, on another URL where there is one."""
+    api_key_env: str | None = None
+    """Environment variable that holds the API key; null = none is sent."""
+
+
 class TeacherConfig(ModelConfig):
     domains: list[str] | None = None
     """Domains this teacher scores; null = every domain no other teacher names (one such teacher at most)."""
@@ -88,6 +106,11 @@ class TeacherConfig(ModelConfig):
     align: Literal["auto", "span", "exact"] = "auto"
     """Different vocabularies: span = spread a span's log-probability over its student tokens; exact = only spans of one
     student token; auto = ids when the vocabularies are equal, else span."""
+    server: ServerConfig | None = None
+    """Its weights are behind servers; `model` is then the folder or hub id of its tokenizer and processor, and `dtype`
+    what the servers compute in.  null = loaded by every rank."""
+    max_unscored_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of one step's rollouts that it may leave unscored (a failed server, nothing to align) before the run stops."""
 
 
 class SourceConfig(Settings):
@@ -334,6 +357,16 @@ class TrainConfig(Settings):
                         f"domain '{domain}' belongs to two teachers: {owners[domain]} and {name}"
                     )
                 owners[domain] = name
+        return self
+
+    @model_validator(mode="after")
+    def _servers_score_at_temperature_one(self) -> TrainConfig:
+        remote = [name for name, t in self.teachers.items() if t.server is not None]
+        if remote and self.loss.score_temperature != 1.0:
+            raise ValueError(
+                f"loss.score_temperature={self.loss.score_temperature}, but servers score prompts at temperature 1 "
+                f"only (teachers with `server`: {', '.join(remote)}). Set loss.score_temperature=1"
+            )
         return self
 
 

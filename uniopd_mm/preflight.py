@@ -15,7 +15,7 @@ from uniopd_mm.config import TrainConfig
 from uniopd_mm.errors import UniOPDError
 from uniopd_mm.models import MultimodalLM, start_decoding
 from uniopd_mm.rollout import Group
-from uniopd_mm.teachers import LocalTeacher, TeacherPool
+from uniopd_mm.teachers import AlignedTeacher, LocalTeacher, RemoteTeacher, TeacherPool
 from uniopd_mm.teachers.pool import route
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def check_views(pool: TeacherPool, groups: list[Group]) -> list[Finding]:
     for domain in sorted({g.prompt.domain for g in groups}):
         group = next(g for g in groups if g.prompt.domain == domain)
         teacher = pool.teachers[route(pool.settings, domain)]
-        if not isinstance(teacher, LocalTeacher):
+        if not isinstance(teacher, AlignedTeacher):
             continue
         try:
             encoded = teacher.encode(group)
@@ -99,7 +99,7 @@ def check_vocabularies(pool: TeacherPool) -> list[Finding]:
 
     findings = []
     for teacher in pool.teachers.values():
-        if not isinstance(teacher, LocalTeacher):
+        if not isinstance(teacher, AlignedTeacher):
             continue
         name = f"vocabulary {teacher.name}"
         if teacher.aligner.by_id:
@@ -112,17 +112,27 @@ def check_vocabularies(pool: TeacherPool) -> list[Finding]:
     return findings
 
 
+def check_servers(pool: TeacherPool) -> list[Finding]:
+    """What the probe of each teacher behind servers found; it stops a run by itself when it fails."""
+    return [
+        Finding(f"server {name}", teacher.server.report, True)
+        for name, teacher in pool.teachers.items()
+        if isinstance(teacher, RemoteTeacher)
+    ]
+
+
 def null_test(
-    student: MultimodalLM, teacher: LocalTeacher, groups: list[Group], config: TrainConfig
+    student: MultimodalLM, teacher: AlignedTeacher, groups: list[Group], config: TrainConfig
 ) -> Finding:
     """With the student's weights on both sides every advantage must be 0 (|A| <= 1e-4 nats in fp32).
 
     Runs the teacher's own template, processor, view and alignment over the student's weights, on prompts that come out
     the same on both sides (a template of its own, or ``image_text``, is a difference by intent, and is said).
+    Of a teacher behind servers it sees all but the servers.
     ``groups`` hold rollouts with ``student_logprobs``.
     """
     name = f"null test {teacher.name}"
-    if teacher.model.model_type != student.model_type or not teacher.aligner.by_id:
+    if teacher.processor.model_type != student.model_type or not teacher.aligner.by_id:
         return Finding(name, "another architecture or vocabulary: see the token table of --check", None)
     differences = [prompt_difference(student, g.encoded, teacher.encode(g)) for g in groups]
     same = [g for g, difference in zip(groups, differences, strict=True) if not difference]
@@ -136,7 +146,8 @@ def null_test(
         teacher.settings,
         MultimodalLM(student.model, teacher.processor, shared_prefix=student.shared_prefix),
         student.processor,
-        teacher.concurrent_rollouts,
+        config.rollout.concurrent_rollouts,
+        config.distributed.micro_tokens,
     )  # the aligner is rebuilt from the same two processors
     worst, where, n_tokens = 0.0, "", 0
     for group in mirror.score(same, config.loss.score_temperature):

@@ -106,6 +106,12 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("rollout/scored_share", "share", "1", "response tokens with a usable teacher log-probability"),
     Metric(
+        "unscored/NAME",
+        "share",
+        "absent",
+        "rollouts a teacher left unscored: server = no answer, reply = unusable answer, alignment = nothing to score",
+    ),
+    Metric(
         "rollout/mismatch",
         "nats",
         "below 0.01",

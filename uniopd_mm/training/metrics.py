@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from uniopd_mm.distributed import World
 from uniopd_mm.rollout import Group
+from uniopd_mm.teachers.base import is_unscored, reason_class
 from uniopd_mm.training.credit import outcome_code
 
 
 def rollout_metrics(groups: list[Group], world: World) -> dict[str, float]:
-    """Accuracy, gap and lengths, overall and per domain (names as in ``report.METRICS``)."""
+    """Accuracy, gap and lengths, overall and per domain (names as in ``report.METRICS``).
+
+    ``unscored/NAME``: share of the rollouts that a teacher left unscored for reasons of one class, where there are any.
+    """
     sums: dict[str, float] = {}
+    n_asked, unscored = 0, dict[str, float]()
 
     def add(key: str, value: float, count: float) -> None:
         sums[key] = sums.get(key, 0.0) + value
@@ -29,10 +34,15 @@ def rollout_metrics(groups: list[Group], world: World) -> dict[str, float]:
                 add(key, max(code, 0), code >= 0)
             if rollout.scored is None:
                 continue
+            n_asked += 1
+            if is_unscored(rollout):
+                key = f"unscored/{reason_class(rollout.unscored_reason)}"
+                unscored[key] = unscored.get(key, 0.0) + 1
             n_scored = int(rollout.scored.sum())
             add("rollout/scored_share", n_scored, n)
             gap = (rollout.teacher_logprobs - rollout.student_logprobs)[rollout.scored] if n_scored else None
             for key in ("train/gap", f"domain/{group.prompt.domain}/gap"):
                 add(key, float(gap.sum()) if gap is not None else 0.0, n_scored)
-    total = world.sum(sums)
-    return {k: v / total[f"#{k}"] for k, v in total.items() if not k.startswith("#") and total[f"#{k}"]}
+    total = world.sum({**sums, **unscored, "#asked": n_asked})
+    count = {k: total["#asked"] if k.startswith("unscored/") else total.get(f"#{k}", 0.0) for k in total}
+    return {k: v / count[k] for k, v in total.items() if not k.startswith("#") and count[k]}

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ import yaml
 from uniopd_mm.config import ModelConfig, TrainConfig, config_diff, dump_config
 from uniopd_mm.distributed import World, close_world, init_world
 from uniopd_mm.engines import LocalEngine, encode_groups, encode_prompt
-from uniopd_mm.errors import AlignmentError, DataError, ResumeError, UniOPDError
+from uniopd_mm.errors import AlignmentError, ConfigError, DataError, ResumeError, UniOPDError
 from uniopd_mm.evaluation import evaluate, summarise, write_samples
 from uniopd_mm.models import MultimodalLM, load_model
+from uniopd_mm.models.loading import load_processor
 from uniopd_mm.preflight import (
     Finding,
     check_context,
     check_head,
+    check_servers,
     check_views,
     check_vocabularies,
     null_test,
@@ -34,7 +37,7 @@ from uniopd_mm.preflight import (
 from uniopd_mm.prompts import PromptOrder, PromptReader, PromptSet, load_prompts, open_images
 from uniopd_mm.report import Console, RunFolder, Trackers, plot_curves, summarize
 from uniopd_mm.rollout import Group, fill
-from uniopd_mm.teachers import LocalTeacher, TeacherPool
+from uniopd_mm.teachers import AlignedTeacher, LocalTeacher, RemoteTeacher, TeacherPool, TeacherServer
 from uniopd_mm.teachers.pool import route, served_domains
 from uniopd_mm.training.checkpoint import export_model, list_checkpoints, load_checkpoint, save_checkpoint
 from uniopd_mm.training.credit import assign_advantages
@@ -47,6 +50,9 @@ log = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = ("out", "steps", "prepare", "eval", "checkpoint", "report")
 """Settings that a resumed run may have changed: they do not alter what was computed so far."""
+
+FREE_TO_CHANGE_OF_SERVERS = ("urls", "concurrency", "timeout_s", "retries", "api_key_env")
+"""The same of a teacher's servers: where they are and how fast they are asked."""
 
 GOLD_ANSWERS_CHECKED = 1000
 """Rows whose gold answers ``--check`` gives to their verifiers."""
@@ -104,17 +110,8 @@ class Run:
         self.student: MultimodalLM = self.trainer.student
         self.teachers = TeacherPool(
             config.teachers,
-            {
-                name: LocalTeacher(
-                    name,
-                    config.teachers[name],
-                    model,
-                    self.student.processor,
-                    config.rollout.concurrent_rollouts,
-                    config.distributed.micro_tokens,
-                )
-                for name, model in teacher_models.items()
-            },
+            {name: self._make_teacher(name, teacher_models[name]) for name in config.teachers},
+            world,
         )
         self._require_views()
         self.engine = LocalEngine(self.student, config.rollout.concurrent_rollouts)
@@ -170,10 +167,7 @@ class Run:
     def _refuse_changes(self, before: dict[str, Any]) -> None:
         free = set(FREE_TO_CHANGE) | ({"steps"} if self.config.optim.schedule == "constant" else set())
         now = yaml.safe_load(dump_config(self.config))
-        changes = config_diff(
-            {k: v for k, v in before.items() if k not in free},
-            {k: v for k, v in now.items() if k not in free},
-        )
+        changes = config_diff(_without(before, free), _without(now, free))
         if changes:
             raise ResumeError(
                 f"{self.out} was begun with other settings:\n    "
@@ -196,16 +190,50 @@ class Run:
         if config.data.eval is not None:
             self.eval_prompts = load_prompts(config.data.eval, **options)
 
-    def _load_teachers(self) -> dict[str, MultimodalLM]:
-        """Teachers with the same weights share them."""
+    def _load_teachers(self) -> dict[str, MultimodalLM | TeacherServer]:
+        """Weights, or servers that have them; teachers with the same weights share them."""
         loaded: dict[str, MultimodalLM] = {}
-        result = {}
+        result: dict[str, MultimodalLM | TeacherServer] = {**self._connect_servers()}
         for name, settings in self.config.teachers.items():
+            if settings.server is not None:
+                continue
             key = settings.model_dump_json(include=set(ModelConfig.model_fields))
             if key not in loaded:
                 loaded[key] = load_model(settings, self.world.device)
             result[name] = loaded[key]
         return result
+
+    def _connect_servers(self) -> dict[str, TeacherServer]:
+        """The servers of all teachers that have some, probed; all ranks stop when one rank finds a problem."""
+        servers, problems = {}, []
+        for name, settings in self.config.teachers.items():
+            if settings.server is None:
+                continue
+            try:
+                server = TeacherServer(name, settings, load_processor(settings))
+                servers[name] = self._exit.enter_context(server)
+                server.connect()
+            except ConfigError as error:
+                problems.append(str(error))
+        problems = list(dict.fromkeys(self.world.gather(problems)))
+        if problems:
+            raise ConfigError(
+                "\n  ".join([f"{len(problems)} problems with the teachers' servers:", *problems])
+            )
+        return servers
+
+    def _make_teacher(self, name: str, source: MultimodalLM | TeacherServer) -> AlignedTeacher:
+        config, student = self.config, self.student.processor
+        if isinstance(source, TeacherServer):
+            return RemoteTeacher(name, config.teachers[name], source, student)
+        return LocalTeacher(
+            name,
+            config.teachers[name],
+            source,
+            student,
+            config.rollout.concurrent_rollouts,
+            config.distributed.micro_tokens,
+        )
 
     def _max_prompt_tokens(self) -> int | None:
         """Positions of the student that a response of full length leaves for the prompt."""
@@ -443,11 +471,12 @@ class Run:
             findings = [
                 check_head(self.student, groups),
                 check_context(self.student, groups, config.rollout.max_new_tokens),
+                *check_servers(self.teachers),
                 *check_vocabularies(self.teachers),
                 *check_views(self.teachers, groups),
             ]
             for name, teacher in self.teachers.teachers.items():
-                if not isinstance(teacher, LocalTeacher):
+                if not isinstance(teacher, AlignedTeacher):
                     continue
                 served = [g for g in groups if route(config.teachers, g.prompt.domain) == name]
                 findings.append(null_test(self.student, teacher, served, config))
@@ -462,6 +491,16 @@ class Run:
                 self.console.note(
                     f"  {row['token']!r:>16} {row['id']:>7} student {row['student_lp']:8.3f} teacher {teacher}"
                 )
+
+
+def _without(settings: dict[str, Any], free: Container[str]) -> dict[str, Any]:
+    """Settings of a run without those that may change when it is resumed."""
+    kept = {k: v for k, v in settings.items() if k not in free}
+    for name, teacher in kept["teachers"].items():
+        if teacher.get("server"):
+            server = {k: v for k, v in teacher["server"].items() if k not in FREE_TO_CHANGE_OF_SERVERS}
+            kept = {**kept, "teachers": {**kept["teachers"], name: {**teacher, "server": server}}}
+    return kept
 
 
 def device_name(world: World) -> str:
