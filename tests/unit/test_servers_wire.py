@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uniopd_mm.errors import AlignmentError
-from uniopd_mm.servers import WIRES, ReplyError, ScoreRequest, ServerError, VllmGenerate
+from uniopd_mm.servers import WIRES, ReplyError, ScoreRequest, ServerError, VllmGenerate, png_uri
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "vllm_http"
 PAD = 90
@@ -26,7 +26,7 @@ ASKED = ScoreRequest(
     collapsed_ids=[1, PAD, 5, PAD, 6],
     expanded_ids=[1, PAD, PAD, PAD, 5, PAD, PAD, 6],
     response_ids=[17, LAST_ID, 23],
-    images=(PICTURE, PICTURE),
+    images=(png_uri(PICTURE), png_uri(PICTURE)),
 )
 TEXT = ScoreRequest(collapsed_ids=[1, 5, 6], expanded_ids=[1, 5, 6], response_ids=[17, LAST_ID, 23])
 VALUES = [-1.5, -0.25, -3.0]
@@ -224,7 +224,7 @@ def test_a_recorded_image_reply_without_prompt_ids_is_checked_by_the_rows_themse
     request, _, response = recorded("vlm_tito_generate_features")
     ids, span = request["token_ids"], request["features"]["mm_placeholders"]["image"][0]
     start, end = span["offset"], span["offset"] + span["length"]
-    asked = ScoreRequest([*ids[: start + 1], *ids[end:-3]], ids[:-3], ids[-3:], (PICTURE,))
+    asked = ScoreRequest([*ids[: start + 1], *ids[end:-3]], ids[:-3], ids[-3:], (png_uri(PICTURE),))
     expected = [response["prompt_logprobs"][-k][str(ids[-k])]["logprob"] for k in (3, 2, 1)]
     assert VllmGenerate().parse(response, asked).tolist() == pytest.approx(expected)
     with pytest.raises(ReplyError, match=f"prompt ids differ at {start}"):
@@ -342,7 +342,7 @@ def test_images_that_the_server_ignored_are_refused():
     assert "were they ignored" in refused("vllm", ("mm_placeholders",), None)
     assert "placed 0 images, expected 2" in refused("vllm", ("mm_placeholders",), {})
     assert "placed 1 images, expected 2" in refused("vllm", ("mm_placeholders", "image"), lambda s: s[:1])
-    one = replace(ASKED, collapsed_ids=[1, PAD, 6], expanded_ids=[1, PAD, 6], images=(PICTURE,))
+    one = replace(ASKED, collapsed_ids=[1, PAD, 6], expanded_ids=[1, PAD, 6], images=(png_uri(PICTURE),))
     unsaid = {"prompt_logprobs": rows(one), "prompt_token_ids": None, "mm_placeholders": None}
     with pytest.raises(ReplyError, match="were they ignored"):
         VllmGenerate().parse(unsaid, one)
@@ -365,14 +365,14 @@ def test_an_image_at_another_place_is_refused(offset, length):
 
 
 def test_an_image_that_swallows_text_is_refused():
-    asked = ScoreRequest([1, PAD, 5, 6, 7], [1, PAD, PAD, 5, 6, 7], [17, LAST_ID, 23], (PICTURE,))
+    asked = ScoreRequest([1, PAD, 5, 6, 7], [1, PAD, PAD, 5, 6, 7], [17, LAST_ID, 23], (png_uri(PICTURE),))
     said = {**vllm_reply(asked), "mm_placeholders": {"image": [{"offset": 1, "length": 5}]}}
     with pytest.raises(ReplyError, match="leave 1 text tokens, expected 4"):
         VllmGenerate().parse(said, asked)
 
 
 def test_newlines_that_merge_around_an_image_are_no_error():
-    asked = ScoreRequest([1, 10, PAD, 6], [1, PAD, PAD, 6], [17, LAST_ID, 23], (PICTURE,))
+    asked = ScoreRequest([1, 10, PAD, 6], [1, PAD, PAD, 6], [17, LAST_ID, 23], (png_uri(PICTURE),))
     said = {**vllm_reply(asked), "mm_placeholders": {"image": [{"offset": 1, "length": 2}]}}
     assert VllmGenerate().parse(said, asked).tolist() == VALUES
 

@@ -10,6 +10,7 @@ from uniopd_mm.servers.wire import (
     VllmCompletions,
     VllmGenerate,
     Wire,
+    png_uri,
 )
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "VllmCompletions",
     "VllmGenerate",
     "Wire",
+    "png_uri",
 ]

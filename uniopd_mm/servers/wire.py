@@ -39,7 +39,8 @@ class ScoreRequest:
     """[P] what the teacher's own processor makes of it: what must come back."""
     response_ids: list[int]
     """[U] the teacher tokens to score."""
-    images: tuple[Image, ...] = ()
+    images: tuple[str, ...] = ()
+    """Pictures as data URIs (:func:`png_uri`), made once for all responses to a prompt."""
 
     def __post_init__(self) -> None:
         if not (self.collapsed_ids and self.expanded_ids and self.response_ids):
@@ -89,7 +90,7 @@ class VllmGenerate:
         }
         if asked.images:
             # The URL lies on the part itself: nested as in chat messages, the server sees an image without data.
-            body["content_parts"] = [{"type": "image_url", "url": png_uri(image)} for image in asked.images]
+            body["content_parts"] = [{"type": "image_url", "url": uri} for uri in asked.images]
         return "/inference/v1/generate", body
 
     def parse(self, reply: Mapping[str, Any], asked: ScoreRequest) -> Tensor:
@@ -181,7 +182,7 @@ class SGLangGenerate:
             "stream": False,
         }
         if asked.images:
-            body["image_data"] = [png_uri(image) for image in asked.images]
+            body["image_data"] = list(asked.images)
         return "/generate", body
 
     def parse(self, reply: Mapping[str, Any], asked: ScoreRequest) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uniopd_mm.errors import ConfigError
-from uniopd_mm.servers import ScoreRequest
+from uniopd_mm.servers import ScoreRequest, png_uri
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,7 +81,7 @@ def probe_images(ask: Ask, processor: VLMProcessor) -> str:
         pictures = [_gradient(size), _blank(size)]
         encoded = [_encode(processor, picture) for picture in pictures]
         asked = [
-            ScoreRequest(e.collapsed_ids.tolist(), e.input_ids.tolist(), response, (picture,))
+            ScoreRequest(e.collapsed_ids.tolist(), e.input_ids.tolist(), response, (png_uri(picture),))
             for e, picture in zip(encoded, pictures, strict=True)
         ]
         where = f"after an image of {size[0]} x {size[1]} pixels"

@@ -18,7 +18,7 @@ from uniopd_mm.alignment import AlignedResponse
 from uniopd_mm.config import ServerConfig, TeacherConfig
 from uniopd_mm.errors import AlignmentError, ConfigError
 from uniopd_mm.rollout import Group, Message, Prompt
-from uniopd_mm.servers import WIRES, ReplyError, ScoreRequest, ServerError, ServerPool
+from uniopd_mm.servers import WIRES, ReplyError, ScoreRequest, ServerError, ServerPool, png_uri
 from uniopd_mm.teachers.base import AlignedTeacher
 from uniopd_mm.teachers.probe import probe_images, probe_text
 
@@ -182,7 +182,7 @@ class RemoteTeacher(AlignedTeacher):
                 continue
             encoded = self.encode(group)
             collapsed, expanded = encoded.collapsed_ids.tolist(), encoded.input_ids.tolist()
-            images = tuple(group.images) if encoded.image_spans else ()
+            images = tuple(map(png_uri, group.images)) if encoded.image_spans else ()
             for response_ids in responses:
                 yield ScoreRequest(collapsed, expanded, response_ids, images)
 
