@@ -14,7 +14,7 @@ import tiny
 import yaml
 from rooms import build
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "train_mm.py"
 
 
