@@ -131,8 +131,8 @@ class VLMProcessor:
         raise NotImplementedError
 
     def make_token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """family: the [P] model inputs named in ``token_inputs``."""
-        return {}
+        """family: the [P] model inputs named in ``token_inputs``; 1 at image placeholders, unless told."""
+        return {name: (input_ids == self.image_token_id).long() for name in self.token_inputs}
 
     def join_vision(self, name: str, tensors: list[Tensor]) -> Tensor:
         """family: one vision input of several prompts as a batch; one behind the other on dim 0, unless told."""

@@ -65,9 +65,6 @@ class Gemma3Adapter(VLMProcessor):
     def expected_image_tokens(self, height: int, width: int) -> int:
         return (1 + self._count_crops(height, width)) * self.processor_settings["image_seq_length"]
 
-    def make_token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        return {"token_type_ids": (input_ids == self.image_token_id).long()}
-
     def write_image_files(self, folder: Path) -> None:
         self.image_processor.save_pretrained(folder)
 

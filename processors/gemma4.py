@@ -67,9 +67,6 @@ class Gemma4Adapter(VLMProcessor):
         )
         return math.prod(resized) // self._pixels_per_token()
 
-    def make_token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        return {"mm_token_type_ids": (input_ids == self.image_token_id).long()}
-
     def write_image_files(self, folder: Path) -> None:
         self.image_processor.save_pretrained(folder)
         self.write_video_settings(folder, "Gemma4VideoProcessor", ("patch_size", "pooling_kernel_size"))

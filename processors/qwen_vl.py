@@ -72,9 +72,6 @@ class QwenVLAdapter(VLMProcessor):
             raise ProcessorError(f"An image of {width} x {height} pixels has no tokens: {error}") from error
         return patches // self.image_processor.merge_size**2
 
-    def make_token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        return {"mm_token_type_ids": (input_ids == self.image_token_id).long()}
-
     def position_ids(self, batch: Mapping[str, Tensor]) -> Tensor:
         """M-RoPE positions [3, B, P], see :func:`mrope_positions`."""
         return mrope_positions(

@@ -67,9 +67,8 @@ def _run_tiled(base: Any, inputs: dict[str, Tensor]) -> States:
         image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
         for size in inputs["image_sizes"]
     ]
-    if (
-        "batch_num_images" in inputs and len(counts) > 1
-    ):  # LLaVA-OneVision tiles an image only where it is alone
+    # LLaVA-OneVision tiles an image only where it is alone.
+    if "batch_num_images" in inputs and len(counts) > 1:
         counts = [1] * len(counts)
     tiles = [image[:n] for image, n in zip(inputs["pixel_values"], counts, strict=True)]
     return _select(base, torch.cat(tiles)).split(counts)
