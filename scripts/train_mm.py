@@ -38,8 +38,8 @@ def main() -> int:
 def train(run) -> None:
     """The whole method, one step after another."""
     config, console = run.config, run.console
-    if run.step == 0:
-        run.require_preflight()
+    run.require_preflight()
+    if not run.is_resumed:
         run.evaluate()
     while run.step < config.steps and not run.should_stop():
         with console.phase("sample"):

@@ -60,11 +60,7 @@ def start(recipe: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen[str
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str], timeout: float = 240) -> None:
-    deadline = time.monotonic() + timeout
-    while not (run / "checkpoints" / f"step_{step:06d}" / "manifest.json").exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_file(run / "checkpoints" / f"step_{step:06d}" / "manifest.json", process, timeout)
 
 
 def test_more_steps_continue_a_finished_run(recipe: Path, undisturbed: Path) -> None:
@@ -92,17 +88,37 @@ def test_a_killed_run_continues_from_its_last_checkpoint(recipe: Path, undisturb
     assert_same_run(run, undisturbed)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(recipe: Path, undisturbed: Path) -> None:
-    run = recipe.parent / "terminated"
-    process = start(recipe, f"out={run}", "checkpoint.every=0", "report.rollouts_every=1")
-    deadline = time.monotonic() + 240
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+def wait_for_file(path: Path, process: subprocess.Popen[str], timeout: float = 240) -> None:
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "sign", ["config.yaml", "rollouts/step_000001.jsonl"], ids=["before the first step", "in the middle"]
+)
+def test_sigterm_saves_and_the_same_command_goes_on(recipe: Path, undisturbed: Path, sign: str) -> None:
+    run = recipe.parent / f"terminated_at_{Path(sign).stem}"
+    options = (f"out={run}", "checkpoint.every=0", "report.rollouts_every=1")
+    process = start(recipe, *options)
+    wait_for_file(run / sign, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "The same command goes on" in output
     assert not (run / "model").exists()
+    train(recipe, *options)
+    assert_same_run(run, undisturbed)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(recipe: Path, undisturbed: Path) -> None:
+    run = recipe.parent / "killed_early"
+    process = start(recipe, f"out={run}", "checkpoint.every=0")
+    wait_for_file(run / "metrics.jsonl", process)  # the evaluation before the first step
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     train(recipe, f"out={run}", "checkpoint.every=0")
     assert_same_run(run, undisturbed)
 

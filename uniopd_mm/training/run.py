@@ -123,6 +123,7 @@ class Run:
             config.data.max_bad_share,
             encode=partial(encode_prompt, self.student.processor, max_tokens=self._max_prompt_tokens()),
         )
+        self.is_resumed = checkpoint is not None
         if checkpoint is not None:
             load_checkpoint(self.trainer, world, checkpoint)
             self.step, self.n_skipped = checkpoint.step, checkpoint.state["skipped"]
@@ -262,7 +263,7 @@ class Run:
         self.folder = RunFolder(self.out) if world.is_main else None
         history: list[dict[str, Any]] = []
         if self.folder:
-            self.folder.truncate_metrics(self.step)
+            self.folder.truncate_metrics(self.step if self.is_resumed else -1)
             history = self.folder.read_metrics()
             self.folder.write_header(dump_config(config), device=device_name(world), world_size=world.size)
             if self.train_prompts.bad_rows:
