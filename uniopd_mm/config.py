@@ -95,12 +95,38 @@ class ServerConfig(Settings):
     """Environment variable that holds the API key; null = none is sent."""
 
 
+class RolloutServerConfig(ServerConfig):
+    sync: Literal["disk", "never"] = "disk"
+    """How the servers get the student's weights: disk = through a folder that they can read too; vLLM needs
+    VLLM_SERVER_DEV_MODE=1 for it.  never = they keep those they were started with, more and more stale."""
+    sync_every: int = Field(default=1, gt=0)
+    """Optimizer steps between two synchronisations."""
+    sync_folder: str | None = None
+    """Folder on a disk that trainer and servers share; null = sync/ in the run folder."""
+    max_failed_share: float = Field(default=0.1, ge=0, le=1)
+    """Share of one step's rollouts that may fail to be sampled before the run stops; they are left out and counted."""
+
+    @model_validator(mode="after")
+    def _can_sync(self) -> RolloutServerConfig:
+        if self.kind == "openai" and self.sync != "never":
+            raise ValueError(
+                "kind: openai has no way to load new weights; set sync: never, or use vllm or sglang"
+            )
+        return self
+
+
 class TeacherConfig(ModelConfig):
     domains: list[str] | None = None
     """Domains this teacher scores; null = every domain no other teacher names (one such teacher at most)."""
-    view: View | None = None
-    """What it sees of an image: image (the picture), text (`image_text` of the row), drop (nothing).  null = image for
-    a multimodal teacher, text for a text-only one."""
+    view: View | dict[str, View] | None = None
+    """What it sees of an image: image (the picture), text (`image_text` of the row), drop (nothing); or one for each
+    domain, e.g. {chart: image, math: text}.  null = image for a multimodal teacher, text for a text-only one."""
+    in_modal_weight: float = Field(default=0.0, ge=0, le=1)
+    """Where its view is text: share of the advantage that is measured against the student reading the same text instead
+    of the student seeing the picture (X-OPD's in-modal part, arXiv 2603.24596); costs one more forward pass."""
+    device: Literal["auto", "cpu", "swap"] = "auto"
+    """auto = beside the student; cpu = lives and computes on the CPU; swap = rests in CPU memory and is moved beside the
+    student while it scores."""
     allow_blind: bool = False
     """Needed with view: drop for prompts that have images; a blind teacher can wreck a student."""
     align: Literal["auto", "span", "exact"] = "auto"
@@ -111,6 +137,10 @@ class TeacherConfig(ModelConfig):
     what the servers compute in.  null = loaded by every rank."""
     max_unscored_share: float = Field(default=0.5, ge=0, le=1)
     """Share of one step's rollouts that it may leave unscored (a failed server, nothing to align) before the run stops."""
+
+    def view_of(self, domain: str) -> View | None:
+        """Its view of the prompts of one domain; None = as the teacher can."""
+        return self.view.get(domain) if isinstance(self.view, dict) else self.view
 
 
 class SourceConfig(Settings):
@@ -176,6 +206,8 @@ class RolloutConfig(SamplingConfig):
     """Rollouts per prompt (group size)."""
     concurrent_rollouts: int = Field(default=256, gt=0)
     """Rollouts decoded together on one rank; bounds the memory of the KV cache."""
+    server: RolloutServerConfig | None = None
+    """Servers that sample instead of the training process; null = the local engine."""
     rescore: Literal["auto", "always", "never"] = "auto"
     """Score the student again with the trainer's own forward pass before the update; auto = where the sampler's
     log-probabilities are not the same numbers (bfloat16, temperature different from loss.score_temperature)."""
@@ -330,6 +362,8 @@ class TrainConfig(Settings):
     """Command run once before anything is loaded (by the first rank of each node), e.g. to build models or data."""
     student: StudentConfig
     teachers: dict[str, TeacherConfig] = Field(min_length=1)
+    score_cache: str | None = None
+    """Folder that keeps what teachers scored, so that no teacher is asked for the same twice; null = nothing is kept."""
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     verifier: VerifierConfig = VerifierConfig()
@@ -472,9 +506,13 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _explain(cls: type[Settings], item: Any, lines: dict[tuple[str, ...], str]) -> str | None:
     """One pydantic error as a sentence with its place and, for unknown keys, a suggestion; None = says nothing new."""
-    if item["loc"] and item["loc"][-1] == "str" and isinstance(item["input"], list):
+    branch = str(item["loc"][-1]) if item["loc"] else ""
+    if isinstance(item["input"], list | dict) and (branch == "str" or branch.startswith("literal[")):
         return None  # `str | list[...]` given a list: the list's own errors are the ones that matter
-    loc = tuple(str(part) for part in item["loc"] if part != "str" and not str(part).startswith("list["))
+    if isinstance(item["input"], str) and branch.startswith("dict["):
+        return None
+    branches = ("list[", "dict[", "literal[")
+    loc = tuple(str(part) for part in item["loc"] if part != "str" and not str(part).startswith(branches))
     key = ".".join(loc)
     place = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), "")
     where = f"{place}: " if place else ""

@@ -78,6 +78,19 @@ def test_an_unknown_setting_comes_with_a_suggestion(tmp_path: Path, override: st
     assert f"Did you mean '{suggestion}'?" in problems(tmp_path, RECIPE, override)
 
 
+def test_a_view_may_be_given_for_each_domain(tmp_path: Path) -> None:
+    teacher = load(tmp_path, RECIPE, "teachers.math.view={chart: image}").teachers["math"]
+    assert teacher.view_of("chart") == "image" and teacher.view_of("math") is None
+    wrong = problems(tmp_path, RECIPE, "teachers.math.view={chart: picture}")
+    assert wrong.startswith("1 problem") and "teachers.math.view.chart" in wrong
+
+
+def test_a_sampling_server_that_takes_no_weights_must_be_asked_for_none(tmp_path: Path) -> None:
+    server = "rollout.server={kind: openai, urls: [http://localhost:8000]"
+    assert "set sync: never" in problems(tmp_path, RECIPE, server + "}")
+    assert load(tmp_path, RECIPE, server + ", sync: never}").rollout.server is not None
+
+
 def test_two_teachers_for_one_domain_are_refused(tmp_path: Path) -> None:
     both = ("teachers.math.domains=[chart]", "teachers.other={model: c, domains: [chart]}")
     assert "domain 'chart' belongs to two teachers: math and other" in problems(tmp_path, RECIPE, *both)
