@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from uniopd_mm.processors import chat
 from uniopd_mm.processors.errors import ProcessorError
-from uniopd_mm.processors.images import require_working_torchvision, to_rgb_all
+from uniopd_mm.processors.images import (
+    are_equal,
+    require_working_torchvision,
+    to_picture,
+    to_rgb,
+    to_rgb_all,
+)
 from uniopd_mm.processors.tokens import encode_as_plain_text, find_vision_tokens, split_decode
 
 if TYPE_CHECKING:
@@ -64,6 +70,9 @@ class VLMProcessor:
     """family: vision tokens beside those that config.json names and tokens.KNOWN_VISION_TOKENS lists."""
     processor_classes: ClassVar[Mapping[str, str]] = {}
     """family: model type -> name of its Hugging Face processor class, written by :meth:`save_pretrained`."""
+
+    image_processor: Any
+    """family: the Hugging Face image processor, if it has one."""
 
     def __init__(
         self,
@@ -130,6 +139,12 @@ class VLMProcessor:
         :meth:`encode` gives, without running the image through."""
         raise NotImplementedError
 
+    def resize_image(self, image: Image) -> Image | None:
+        """family: an upright RGB image as the image processor resizes and crops it, before it cuts patches and
+        normalises; :meth:`processed_picture` is that for one fixed size.  None, unless told, where one picture cannot
+        hold what the model sees, as with tiles beside a view of the whole."""
+        return None
+
     def make_token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """family: the [P] model inputs named in ``token_inputs``; 1 at image placeholders, unless told."""
         return {name: (input_ids == self.image_token_id).long() for name in self.token_inputs}
@@ -185,6 +200,23 @@ class VLMProcessor:
             image_spans=spans,
             collapsed_spans=collapsed_spans,
         )
+
+    def resize(self, image: Image) -> Image:
+        """The image upright, in RGB and in the size in which the model sees it: what to send to a server, which may
+        resize with another library and get other pixels.
+
+        ``encode`` makes the same tokens and tensors of it as of ``image``, bit for bit, and ``resize`` leaves it as
+        it is.  Where there is no such picture (:meth:`resize_image` knows none, or the image processor would resize
+        it once more) the image keeps its size.
+        """
+        if not self.sees_images:
+            raise ProcessorError(f"{self.path} ({self.model_type}) is text-only: it resizes no images.")
+        picture = to_rgb(image)
+        try:
+            resized = self.resize_image(picture)
+        except ValueError as error:
+            raise ProcessorError(f"{_sizes([picture])} cannot be processed: {error}") from error
+        return picture if resized is None or not self._leaves(resized) else resized
 
     def collate(
         self, prompts: Sequence[EncodedPrompt], padding_side: Literal["left", "right"] = "left"
@@ -310,6 +342,11 @@ class VLMProcessor:
         """``defaults`` for what processor_config.json leaves out or empty, as old folders do."""
         given = {key: value for key, value in self.processor_settings.items() if value is not None}
         self.processor_settings = {**defaults, **given}
+
+    def processed_picture(self, image: Image) -> Image:
+        """The one picture that a family's image processor makes of an image, neither rescaled nor normalised."""
+        (pixels,) = self.image_processor([image], do_rescale=False, do_normalize=False)["pixel_values"]
+        return to_picture(pixels)
 
     def refuse_pixel_bounds(self, min_pixels: int | None, max_pixels: int | None) -> None:
         """For families whose images all get one size."""
@@ -437,8 +474,19 @@ class VLMProcessor:
         try:
             return self.process_images(images)
         except ValueError as error:  # e.g. an aspect ratio the family cannot resize
-            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-            raise ProcessorError(f"The images ({sizes} pixels) cannot be processed: {error}") from error
+            raise ProcessorError(f"{_sizes(images)} cannot be processed: {error}") from error
+
+    def _leaves(self, resized: Image) -> bool:
+        """Whether the image processor takes a picture as it is."""
+        try:
+            again = self.resize_image(resized)
+        except ValueError:  # e.g. rounded to whole patches, its sides are too unlike for the family
+            return False
+        return again is not None and are_equal(again, resized)
+
+
+def _sizes(images: Sequence[Image]) -> str:
+    return f"The images ({', '.join(f'{image.width} x {image.height}' for image in images)} pixels)"
 
 
 def _pad(rows: Sequence[Tensor], value: int, side: str) -> Tensor:

@@ -65,6 +65,10 @@ class Gemma3Adapter(VLMProcessor):
     def expected_image_tokens(self, height: int, width: int) -> int:
         return (1 + self._count_crops(height, width)) * self.processor_settings["image_seq_length"]
 
+    def resize_image(self, image: Image) -> Image | None:
+        """The square; None for an image with crops of its own."""
+        return None if self._count_crops(image.height, image.width) else self.processed_picture(image)
+
     def write_image_files(self, folder: Path) -> None:
         self.image_processor.save_pretrained(folder)
 

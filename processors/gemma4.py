@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from uniopd_mm.processors.base import VLMProcessor
 from uniopd_mm.processors.errors import ProcessorError
+from uniopd_mm.processors.images import to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,19 +58,31 @@ class Gemma4Adapter(VLMProcessor):
     def expected_image_tokens(self, height: int, width: int) -> int:
         from transformers.models.gemma4.processing_gemma4 import get_aspect_ratio_preserving_size
 
-        processor = self.image_processor
-        resized = get_aspect_ratio_preserving_size(
-            height=height,
-            width=width,
-            patch_size=processor.patch_size,
-            max_patches=processor.max_soft_tokens * processor.pooling_kernel_size**2,
-            pooling_kernel_size=processor.pooling_kernel_size,
-        )
+        resized = get_aspect_ratio_preserving_size(height=height, width=width, **self._geometry())
         return math.prod(resized) // self._pixels_per_token()
+
+    def resize_image(self, image: Image) -> Image | None:
+        """Whole placeholders within the budget.  Rounding down may leave room for one more row or column in the shape
+        that it made; then there is no picture that the image processor would not scale up once more."""
+        processor = self.image_processor
+        if not processor.do_resize:
+            return None
+        pixels = processor.aspect_ratio_preserving_resize(
+            processor.process_image(image), resample=processor.resample, **self._geometry()
+        )
+        return to_picture(pixels)
 
     def write_image_files(self, folder: Path) -> None:
         self.image_processor.save_pretrained(folder)
         self.write_video_settings(folder, "Gemma4VideoProcessor", ("patch_size", "pooling_kernel_size"))
+
+    def _geometry(self) -> dict[str, int]:
+        processor = self.image_processor
+        return {
+            "patch_size": processor.patch_size,
+            "max_patches": processor.max_soft_tokens * processor.pooling_kernel_size**2,
+            "pooling_kernel_size": processor.pooling_kernel_size,
+        }
 
     def _pixels_per_token(self) -> int:
         return (self.image_processor.patch_size * self.image_processor.pooling_kernel_size) ** 2

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from uniopd_mm.processors.base import VIDEO_FILE, VLMProcessor, write_json
 from uniopd_mm.processors.errors import ProcessorError
+from uniopd_mm.processors.images import to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,6 +61,17 @@ class Idefics3Adapter(VLMProcessor):
         rows, cols = self._count_tiles(height, width)
         tiles = rows * cols + 1 if rows * cols > 1 else 1
         return tiles * self.processor_settings["image_seq_len"]
+
+    def resize_image(self, image: Image) -> Image | None:
+        """All tiles in one picture.  The image processor makes the view of the whole of them, not of the image; that one
+        resizing is left to whoever gets the picture."""
+        processor = self.image_processor
+        if not (processor.do_image_splitting and processor.do_resize):
+            return None
+        pixels = processor.resize(processor.process_image(image), processor.size, processor.resample)
+        return to_picture(
+            processor.resize_for_vision_encoder(pixels, self.tile_side, resample=processor.resample)
+        )
 
     def join_vision(self, name: str, tensors: list[Tensor]) -> Tensor:
         import torch

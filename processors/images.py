@@ -43,6 +43,21 @@ def to_rgb_all(images: Sequence[Any]) -> list[Image]:
     return [to_rgb(image, f"Image {index + 1} of {len(images)}") for index, image in enumerate(images)]
 
 
+def to_picture(pixels: Any) -> Image:
+    """Pixel values [3, H, W] uint8, array or tensor, as an RGB image."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.asarray(pixels).transpose(1, 2, 0))
+
+
+def are_equal(one: Image, other: Image) -> bool:
+    """Whether two RGB images have the same size and the same pixels."""
+    from PIL import ImageChops
+
+    return one.size == other.size and ImageChops.difference(one, other).getbbox() is None
+
+
 def require_pixels(width: int, height: int, label: str) -> None:
     """ProcessorError unless an image of this size has pixels, and no more than Pillow trusts a file to have.
 

@@ -58,6 +58,11 @@ class InternVLAdapter(VLMProcessor):
         tiles = self.image_processor.get_number_of_image_patches(height, width)
         return tiles * self.processor_settings["image_seq_length"]
 
+    def resize_image(self, image: Image) -> Image | None:
+        """The tile of an image that is one; None for more: a grid of tiles cannot hold the view of the whole too."""
+        tiles = self.image_processor.get_number_of_image_patches(image.height, image.width)
+        return self.processed_picture(image) if tiles == 1 else None
+
     def write_image_files(self, folder: Path) -> None:
         self.image_processor.save_pretrained(folder)
         self.write_video_settings(folder, "InternVLVideoProcessor", ("size", "image_mean", "image_std"))

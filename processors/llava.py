@@ -62,6 +62,11 @@ class LlavaAdapter(VLMProcessor):
         ]
         return self._count_tokens(*pixels.shape[-2:])
 
+    def resize_image(self, image: Image) -> Image | None:
+        """The square, cropped; the image processor takes it as it is if it crops to the size that it resizes to."""
+        self._require_size_after_resizing(image.width, image.height)
+        return self.processed_picture(image)
+
     def write_image_files(self, folder: Path) -> None:
         self.image_processor.save_pretrained(folder)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from uniopd_mm.processors.base import VLMProcessor
 from uniopd_mm.processors.errors import ProcessorError
+from uniopd_mm.processors.images import to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,6 +72,16 @@ class QwenVLAdapter(VLMProcessor):
         except ValueError as error:
             raise ProcessorError(f"An image of {width} x {height} pixels has no tokens: {error}") from error
         return patches // self.image_processor.merge_size**2
+
+    def resize_image(self, image: Image) -> Image | None:
+        """Whole placeholders between the bounds.  Narrow bounds do not settle every shape: a long strip may be resized
+        to more than ``max_pixels``, and its result once more."""
+        processor = self.image_processor
+        if not processor.do_resize:
+            return None
+        side = processor.patch_size * processor.merge_size
+        pixels = processor.process_image(image)
+        return to_picture(processor.resize(pixels, processor.size, processor.resample, factor=side))
 
     def position_ids(self, batch: Mapping[str, Tensor]) -> Tensor:
         """M-RoPE positions [3, B, P], see :func:`mrope_positions`."""

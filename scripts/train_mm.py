@@ -43,10 +43,7 @@ def train(run) -> None:
         run.evaluate()
     while run.step < config.steps and not run.should_stop():
         with console.phase("sample"):
-            groups = run.draw(run.step)
-            with run.trainer.whole_weights():
-                groups = run.engine.sample(groups, config.rollout.n, config.rollout, (config.seed, run.step))
-                groups = run.trainer.score_student(groups, run.engine.matches_trainer)
+            groups = run.sample(run.draw(run.step))
         with console.phase("verify"):
             groups = run.verify(groups)
         with console.phase("score"):

@@ -11,7 +11,7 @@ import tiny
 import torch
 from families import family
 
-from uniopd_mm.config import ModelConfig, SamplingConfig, TeacherConfig
+from uniopd_mm.config import ModelConfig, SamplingConfig, TeacherConfig, TrainConfig
 from uniopd_mm.engines import LocalEngine, encode_groups
 from uniopd_mm.models import MultimodalLM, load_model
 from uniopd_mm.rollout import Group, Prompt, fill
@@ -73,6 +73,22 @@ def make_prompt(n_images: int, seed: int = 0, domain: str = "default") -> Prompt
         answer="7",
         domain=domain,
     )
+
+
+def make_config(folder: Path, **changes: object) -> TrainConfig:
+    """Settings of a trainer whose student lies in ``folder``; no other file is read."""
+    settings = {
+        "out": "unused",
+        "steps": 1,
+        "student": {"model": str(folder), "dtype": "float32", "freeze": []},
+        "teachers": {"t": {"model": "unused"}},
+        "data": {"train": "unused"},
+        "rollout": {"prompts_per_step": 4, "n": 4},
+        "calibration": {"kind": "shift", "direction": "spread", "delta": 0.4},
+        "distributed": {"zero_stage": 0, "micro_groups": 2},
+        "optim": {"max_grad_norm": 1e9},
+    }
+    return TrainConfig.model_validate({**settings, **changes})
 
 
 def make_groups(model: MultimodalLM, n_images: tuple[int, ...]) -> list[Group]:

@@ -102,7 +102,10 @@ class RolloutServerConfig(ServerConfig):
     sync_every: int = Field(default=1, gt=0)
     """Optimizer steps between two synchronisations."""
     sync_folder: str | None = None
-    """Folder on a disk that trainer and servers share; null = sync/ in the run folder."""
+    """Folder on a disk that trainer and servers share, for this run alone; null = sync/ in the run folder."""
+    max_mismatch: float = Field(default=0.5, gt=0)
+    """Mean |trainer - server| log-probability of one step's tokens, in nats, past which servers that were given weights
+    are held to sample from others, and the run stops."""
     max_failed_share: float = Field(default=0.1, ge=0, le=1)
     """Share of one step's rollouts that may fail to be sampled before the run stops; they are left out and counted."""
 

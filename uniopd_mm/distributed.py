@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from uniopd_mm.errors import ConfigError
+from uniopd_mm.errors import ConfigError, UniOPDError
 
 X = TypeVar("X")
 
@@ -50,6 +51,24 @@ class World:
     def any(self, flag: bool) -> bool:
         """True on every rank when it is True on one."""
         return any(self.gather([flag]))
+
+    @contextlib.contextmanager
+    def together(self, *kinds: type[Exception]) -> Iterator[None]:
+        """An error of these kinds inside, on any rank, ends all ranks, so that none waits for another for ever: it goes on
+        where it was raised, and is a UniOPDError with its text elsewhere.
+
+        No other collective may stand inside, where one rank could miss it.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except kinds as error:
+            failure = error
+        texts = self.gather([] if failure is None else [str(failure) or repr(failure)])
+        if failure is not None:
+            raise failure
+        if texts:
+            raise UniOPDError(texts[0])
 
     def barrier(self) -> None:
         if self.size > 1:

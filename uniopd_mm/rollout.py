@@ -65,6 +65,9 @@ class Rollout:
     """The decoded response without special tokens."""
     student_logprobs: Tensor | None = None
     """[T] float32 of the weights that sampled, scored by the trainer's own forward pass at ``score_temperature``."""
+    baseline_logprobs: Tensor | None = None
+    """[T] float32, what the teacher's are compared with; None = ``student_logprobs``.  X-OPD mixes in what the student
+    thinks when it reads the image as text."""
     outcome: Outcome | None = None
     teacher: str | None = None
     """Who scored it."""

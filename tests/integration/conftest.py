@@ -43,6 +43,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(SITE),
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # what makes it load other weights when it is asked to
 }
 
 

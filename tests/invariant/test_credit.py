@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from uniopd_mm.config import TrainConfig
+from uniopd_mm.config import BalanceConfig, TrainConfig
 from uniopd_mm.distributed import World
 from uniopd_mm.errors import UniOPDError
 from uniopd_mm.rollout import Group, Outcome, Prompt, Rollout, fill
@@ -96,3 +97,35 @@ def test_a_step_whose_outcomes_are_mostly_unknown_stops_the_run() -> None:
     groups = fill(random_groups(), "outcome", [Outcome(None, reason="down")] * 30)
     with pytest.raises(UniOPDError, match="max_unknown_share"):
         assign_advantages(groups, make_config(), World(0, 1, 0, CPU), step=0)
+
+
+@pytest.mark.parametrize("kind", ["shift", "mask", "gc"])
+@pytest.mark.parametrize("scope", ["group", "batch"])
+def test_unscored_rollouts_change_nothing_for_the_others(kind: str, scope: str) -> None:
+    groups = random_groups(8, 6)
+    config = make_config(kind=kind).model_copy(
+        update={"balance": BalanceConfig.model_validate({"scope": scope})}
+    )
+    unscored = {(slot, i) for slot in range(8) for i in range(6) if (slot + 3 * i) % 4 == 0}
+
+    def without(rollouts: tuple[Rollout, ...], slot: int) -> tuple[Rollout, ...]:
+        return tuple(r for i, r in enumerate(rollouts) if (slot, i) not in unscored)
+
+    def failed(rollout: Rollout) -> Rollout:
+        return replace(rollout, scored=torch.zeros_like(rollout.scored), outcome=Outcome(True))
+
+    smaller = [replace(g, rollouts=without(g.rollouts, g.slot)) for g in groups]
+    disturbed = [
+        replace(
+            g,
+            rollouts=tuple(failed(r) if (g.slot, i) in unscored else r for i, r in enumerate(g.rollouts)),
+        )
+        for g in groups
+    ]
+    world = World(0, 1, 0, CPU)
+    wanted, _ = assign_advantages(smaller, config, world, step=3)
+    found, _ = assign_advantages(disturbed, config, world, step=3)
+    assert any(not r.kept for g in wanted for r in g.rollouts)
+    for ours, theirs in zip(found, wanted, strict=True):
+        for a, b in zip(without(ours.rollouts, ours.slot), theirs.rollouts, strict=True):
+            assert a.kept == b.kept and torch.equal(a.advantages, b.advantages)

@@ -8,9 +8,8 @@ import families
 import pytest
 import torch
 from families import FAMILIES
-from rooms import load, make_groups, make_teacher, plain_logprobs, sample
+from rooms import load, make_config, make_groups, make_teacher, plain_logprobs, sample
 
-from uniopd_mm.config import TrainConfig
 from uniopd_mm.distributed import World
 from uniopd_mm.rollout import Group, Outcome, fill
 from uniopd_mm.training.credit import assign_advantages
@@ -23,21 +22,6 @@ class RecordingTrainer(Trainer):
     def _before_step(self) -> tuple[float | None, float]:
         self.gradients = {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
         return super()._before_step()
-
-
-def make_config(folder: Path, **changes: object) -> TrainConfig:
-    settings = {
-        "out": "unused",
-        "steps": 1,
-        "student": {"model": str(folder), "dtype": "float32", "freeze": []},
-        "teachers": {"t": {"model": "unused"}},
-        "data": {"train": "unused"},
-        "rollout": {"prompts_per_step": 4, "n": 4},
-        "calibration": {"kind": "shift", "direction": "spread", "delta": 0.4},
-        "distributed": {"zero_stage": 0, "micro_groups": 2},
-        "optim": {"max_grad_norm": 1e9},
-    }
-    return TrainConfig.model_validate({**settings, **changes})
 
 
 def scored_groups(student, teacher_folder: Path) -> list[Group]:

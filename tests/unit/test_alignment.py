@@ -4,7 +4,6 @@ Letters and words stand for tokens in the hand-worked cases; the property tests 
 """
 
 import functools
-import json
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -13,78 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from trained import MARKS, byte_level, facts, pair, sentencepiece, wrap
 from transformers import PreTrainedTokenizerFast
 
-from uniopd_mm.alignment import Aligner, Vocabulary, difference, same_vocabulary, text_encoder, vocabulary
+from uniopd_mm.alignment import Aligner, Vocabulary, difference, same_vocabulary, vocabulary
 from uniopd_mm.errors import AlignmentError
-
-ENGLISH = ["the quick brown fox jumps over the lazy dog. the answer is 42, because 6 * 7 = 42"] * 4
-WORLD = [
-    "there are three cafés; naïve foxes count 日本語 and 日本 🙂🙂 answer: the sum is 1024",
-    "über für\n\n日本",
-] * 4
-MARKS = ["<|end|>", "<|pad|>", "<|image|>"]
-
-# ---------------------------------------------------------------- tokenizers
-
-
-def wrap(tok, marks=MARKS):
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=marks[0], pad_token=marks[1])
-    fast.add_tokens([AddedToken(m, special=True, normalized=False) for m in marks[2:]], special_tokens=True)
-    return fast
-
-
-@functools.cache
-def byte_level(size=420, corpus="english", normalizer=None, prefix_space=False):
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
-    tok.decoder = decoders.ByteLevel()
-    if normalizer == "nfc":
-        tok.normalizer = normalizers.NFC()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tok.train_from_iterator(ENGLISH if corpus == "english" else WORLD, trainer)
-    return wrap(tok)
-
-
-@functools.cache
-def sentencepiece():
-    """▁ for spaces, a space before every text, <0xNN> for what the vocabulary lacks."""
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Metaspace()
-    tok.train_from_iterator(ENGLISH, trainers.BpeTrainer(vocab_size=120, show_progress=False))
-    learnt = json.loads(tok.to_str())["model"]
-    tokens = [
-        "<unk>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        *sorted(learnt["vocab"], key=learnt["vocab"].get),
-    ]
-    ids = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge) for merge in learnt["merges"]]
-    tok.model = models.BPE(vocab=ids, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-    tok.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    fast = wrap(tok)
-    fast.add_special_tokens({"unk_token": "<unk>"})
-    return fast
-
-
-@functools.cache
-def facts(tokenizer):
-    return vocabulary(tokenizer)
-
-
-def pair(student_tokenizer, teacher_tokenizer, **more):
-    defaults = {
-        "student_stop_ids": [student_tokenizer.eos_token_id],
-        "teacher_stop_ids": [teacher_tokenizer.eos_token_id],
-        "encode_text": text_encoder(teacher_tokenizer),
-    }
-    return Aligner(student=facts(student_tokenizer), teacher=facts(teacher_tokenizer), **{**defaults, **more})
-
 
 PAIRS = {
     "byte-level on byte-level": lambda: pair(byte_level(), byte_level(520, "world")),
@@ -168,7 +101,7 @@ def test_more_ordinary_tokens_make_a_different_vocabulary():
 
 def test_trained_vocabularies_are_told_apart_and_added_tokens_are_not_a_difference():
     assert not same_vocabulary(facts(byte_level(420)), facts(byte_level(420, "world")))
-    more = wrap(byte_level().backend_tokenizer, [*MARKS, "<|video|>"])
+    more = wrap(byte_level().backend_tokenizer, (*MARKS, "<|video|>"))
     more.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     assert same_vocabulary(facts(byte_level()), vocabulary(more))
 

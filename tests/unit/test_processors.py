@@ -4,6 +4,7 @@ lightness."""
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES, family
+from families.internvl import TILE as INTERNVL_TILE
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -161,6 +163,110 @@ def test_stripping_vision_tokens_keeps_the_kind_and_the_rest(seeing: VLMProcesso
     stripped = seeing.strip_vision(prompt.input_ids)
     assert torch.equal(stripped, prompt.input_ids[~prompt.vision_mask])
     assert seeing.strip_vision(prompt.input_ids.tolist()) == stripped.tolist()
+
+
+# ---- pictures in the size that the model sees
+
+
+def noise(width: int, height: int) -> Image.Image:
+    """Any two ways to resize it differ."""
+    return Image.frombytes("RGB", (width, height), random.Random(width).randbytes(3 * width * height))
+
+
+def are_encoded_alike(adapter: VLMProcessor, one: Image.Image, other: Image.Image) -> bool:
+    first, second = (adapter.encode(user("a", None), [image]) for image in (one, other))
+    return torch.equal(first.input_ids, second.input_ids) and all(
+        torch.equal(tensor, second.model_inputs[name]) for name, tensor in first.model_inputs.items()
+    )
+
+
+@settings(examples, max_examples=25)
+@given(width=st.integers(1, 400), height=st.integers(1, 400))
+def test_a_resized_image_is_encoded_as_the_image_itself_bit_for_bit(
+    seeing: VLMProcessor, width: int, height: int
+) -> None:
+    assume(max(width, height) / min(width, height) <= 200)
+    image = noise(width, height)
+    resized = seeing.resize(image)
+    assert are_encoded_alike(seeing, image, resized)
+    assert resized.mode == "RGB"
+    again = seeing.resize(resized)
+    assert (again.size, again.tobytes()) == (resized.size, resized.tobytes())
+
+
+SEEN_SIZES = {
+    "llava": (56, 56),
+    "llava_next": (90, 60),
+    "llava_onevision": (90, 60),
+    "qwen2_vl": (84, 56),
+    "qwen2_5_vl": (84, 56),
+    "qwen3_vl": (96, 64),
+    "qwen3_5": (96, 64),
+    "internvl": (90, 60),
+    "gemma3": (56, 56),
+    "gemma4": (120, 72),
+    "idefics3": (64, 64),
+    "smolvlm": (96, 64),
+}
+"""Width and height of what the families here make of 90 x 60 pixels; 90 x 60 where one picture is not enough."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_image_is_resized_to_what_the_model_sees(adapters: dict[str, VLMProcessor], name: str) -> None:
+    assert adapters[name].resize(A).size == SEEN_SIZES[name]
+
+
+def test_an_image_with_tiles_or_crops_of_its_own_keeps_its_size_and_others_do_not(tmp_path: Path) -> None:
+    panning = get_processor(family("gemma3").build(tmp_path / "gemma3", pan_and_scan=True))
+    tiling = family("internvl").build(tmp_path / "internvl")
+    one_tile = get_processor(tiling, max_pixels=INTERNVL_TILE**2)
+    for adapter, image, size in (
+        (panning, noise(200, 60), (200, 60)),
+        (panning, noise(65, 60), (56, 56)),
+        (get_processor(tiling), noise(200, 60), (200, 60)),
+        (one_tile, noise(200, 60), (INTERNVL_TILE, INTERNVL_TILE)),
+    ):
+        resized = adapter.resize(image)
+        assert resized.size == size
+        assert are_encoded_alike(adapter, image, resized)
+
+
+def test_an_image_keeps_its_size_where_the_image_processor_would_resize_the_result_once_more(
+    folders: dict[str, Path], adapters: dict[str, VLMProcessor]
+) -> None:
+    narrow = get_processor(folders["qwen2_5_vl"], min_pixels=28 * 28, max_pixels=2 * 28 * 28)
+    wide = get_processor(folders["qwen2_5_vl"], max_pixels=400 * 28 * 28)
+    for adapter, size in (
+        (narrow, (700, 30)),  # becomes more placeholders than it may have
+        (wide, (8200, 41)),  # becomes 293 : 1, which is refused
+        (adapters["gemma4"], (120, 420)),  # 4 x 15 of 70 placeholders, which leaves room for a 16th row
+    ):
+        image = noise(*size)
+        seen = adapter.expected_image_tokens(*size[::-1])
+        assert adapter.resize(image).size == size
+        assert seen == count_placeholders(adapter, adapter.encode(user(None), [image]))
+
+
+def test_what_is_sent_is_upright_and_opaque_in_every_family(seeing: VLMProcessor) -> None:
+    lying = A.transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[0x0112] = 6  # to be turned clockwise
+    see_through = B.convert("RGBA")
+    see_through.putalpha(100)
+    for image in (lying, see_through, B.convert("L")):
+        resized = seeing.resize(image)
+        assert resized.tobytes() == seeing.resize(to_rgb(image)).tobytes()
+        assert resized.mode == "RGB"
+
+
+def test_an_image_that_cannot_be_encoded_cannot_be_resized(
+    seeing: VLMProcessor, adapters: dict[str, VLMProcessor]
+) -> None:
+    with pytest.raises(ProcessorError, match="expected a PIL image"):
+        seeing.resize("picture.png")  # type: ignore[arg-type]
+    with pytest.raises(ProcessorError, match=r"1000 x 2 pixels\) cannot be processed.*aspect ratio"):
+        adapters["qwen2_5_vl"].resize(noise(1000, 2))
+    with pytest.raises(ProcessorError, match="text-only"):
+        adapters["text"].resize(A)
 
 
 # ---- markers that a user typed

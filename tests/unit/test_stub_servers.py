@@ -12,7 +12,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,84 +20,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from stubs import (
+    COLLAPSED,
+    COMPLETIONS,
+    EXPANDED,
+    GENERATE,
+    IMAGE_TOKENS,
+    MARKER,
+    PROMPT,
+    RECORDED,
+    RESPONSE,
+    TEXT,
+    VOCABULARY,
+    asked_for_answers,
+    asked_of,
+    expand,
+    get,
+    opened,
+    picture,
+    post,
+    request_for,
+    score,
+    stub,
+    two_answers,
+)
 
 import uniopd_mm.testing
 from uniopd_mm.errors import ConfigError
 from uniopd_mm.testing import FAULTS, Faults, StubServer, names
 from uniopd_mm.testing.faults import EVERY
-
-RECORDED = Path(__file__).parents[1] / "fixtures" / "vllm_http"
-VOCABULARY = 512
-MARKER, IMAGE_TOKENS = 300, 3
-PROMPT = [10, 20, MARKER, 30]
-RESPONSE = [40, 41, 42]
-COLLAPSED = [*PROMPT, *RESPONSE]
-EXPANDED = [10, 20, *[MARKER] * IMAGE_TOKENS, 30, *RESPONSE]
-TEXT = [10, 20, 30, *RESPONSE]
-GENERATE, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
-
-
-def score(ids: list[int], images: list[Image.Image]) -> list[float]:
-    """Depends on the token, the one before it, the position and the first pixel: a wrong index or picture shows."""
-    light = sum(image.getpixel((0, 0))[0] for image in images) / 1000
-    return [-0.01 - ((7 * b + 3 * a + at) % 97) / 20 - light for at, (a, b) in enumerate(pairwise(ids))]
-
-
-def expand(ids: list[int], n_images: int) -> list[int]:
-    assert ids.count(MARKER) >= n_images
-    return [token for one in ids for token in [one] * (IMAGE_TOKENS if one == MARKER else 1)]
-
-
-def picture(light: int = 100, wrap: bool = True) -> str:
-    stream = io.BytesIO()
-    Image.new("RGB", (4, 4), (light, 0, 0)).save(stream, "PNG")
-    data = base64.b64encode(stream.getvalue()).decode()
-    return f"data:image/png;base64,{data}" if wrap else data
-
-
-def opened(light: int = 100) -> Image.Image:
-    return Image.new("RGB", (1, 1), (light, 0, 0))
-
-
-def post(server: StubServer, path: str, payload: Any, timeout: float = 10, **headers: str) -> tuple[int, Any]:
-    asked = urllib.request.Request(server.url + path, json.dumps(payload).encode(), headers)
-    try:
-        with urllib.request.urlopen(asked, timeout=timeout) as reply:
-            return reply.status, json.load(reply)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def get(server: StubServer, path: str) -> bytes:
-    with urllib.request.urlopen(server.url + path, timeout=10) as reply:
-        return reply.read()
-
-
-def stub(kind: str, fault: str | None = None, **options: Any) -> StubServer:
-    faults = Faults(schedule={0: fault}, hang_s=0.3) if fault else None
-    options = {"expand": expand, "vocab_size": VOCABULARY, "marker": MARKER} | options
-    return StubServer(kind, score, faults=faults, **options)
-
-
-def asked_of(kind: str, ids: Any = COLLAPSED, images: int = 1, **params: Any) -> tuple[str, dict[str, Any]]:
-    """The request of a good client, as the kind of server wants it."""
-    if kind == "vllm":
-        parts = [{"type": "image_url", "url": picture(), "uuid": str(i)} for i in range(images)]
-        body = {"token_ids": ids, "return_token_ids": True}
-        body |= {"sampling_params": {"max_tokens": 1, "prompt_logprobs": 0} | params}
-        return GENERATE, body | ({"content_parts": parts} if images else {})
-    if kind == "sglang":
-        body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 0}, "return_logprob": True}
-        body |= {"logprob_start_len": 0, "return_prompt_token_ids": True} | params
-        return "/generate", body | ({"image_data": [picture() for _ in range(images)]} if images else {})
-    body = {"prompt": ids, "max_tokens": 1, "return_token_ids": True, "return_tokens_as_token_ids": True}
-    body |= {"prompt_logprobs": 0} if kind == "vllm_text" else {"echo": True, "logprobs": 0, "max_tokens": 0}
-    return COMPLETIONS, body | params
-
-
-def request_for(kind: str, **params: Any) -> tuple[str, dict[str, Any]]:
-    has_images = kind in ("vllm", "sglang")
-    return asked_of(kind, COLLAPSED if has_images else TEXT, int(has_images), **params)
 
 
 def unpack(kind: str, reply: Any) -> tuple[list[int], list[float | None]]:
@@ -414,36 +364,6 @@ def test_llama_cpp_scores_each_token_as_if_it_came_once_more() -> None:
     assert late[1:] != score(ids, [])
 
 
-# ---- sampling ----------------------------------------------------------------------------------------------------
-
-
-def sample(
-    ids: list[int], images: list[Image.Image], params: dict[str, Any]
-) -> list[tuple[list[int], list[float]]]:
-    return [([len(ids), len(images), 5 + i], [-0.1, -0.2, -0.3]) for i in range(params.get("n", 1))]
-
-
-def test_n_answers_are_sampled_by_the_callable() -> None:
-    with stub("vllm", sample=sample) as server:
-        choices = post(server, *request_for("vllm", n=2, max_tokens=8, logprobs=0))[1]["choices"]
-        path, body = asked_of("vllm_text", [TEXT, TEXT], n=2, max_tokens=3)
-        texts = post(server, path, body)[1]["choices"]
-    assert [choice["token_ids"] for choice in choices] == [[len(EXPANDED), 1, 5], [len(EXPANDED), 1, 6]]
-    assert [one["logprob"] for one in choices[0]["logprobs"]["content"]] == [-0.1, -0.2, -0.3]
-    assert choices[0]["finish_reason"] == "stop"
-    assert [choice["index"] for choice in texts] == [0, 1, 2, 3] and texts[0]["finish_reason"] == "length"
-    with stub("sglang", sample=sample) as server:
-        replies = post(server, *request_for("sglang", sampling_params={"max_new_tokens": 8, "n": 2}))[1]
-    assert [reply["output_ids"][-1] for reply in replies] == [5, 6]
-    assert replies[0]["meta_info"]["output_token_logprobs"][0] == [-0.1, len(EXPANDED), None]
-
-
-def test_without_max_tokens_the_context_is_filled() -> None:
-    with stub("vllm", max_model_len=50) as server:
-        reply = post(server, *request_for("vllm", max_tokens=None))[1]
-    assert len(reply["choices"][0]["token_ids"]) == 50 - len(EXPANDED)
-
-
 # ---- faults ------------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +373,8 @@ def cases(*effects: str) -> list[tuple[str, str]]:
 
 def provoke(name: str, kind: str) -> tuple[str, dict[str, Any]]:
     """A request on which the fault can act."""
+    if FAULTS[name].needs == "sample":
+        return asked_for_answers(kind)
     if FAULTS[name].needs == "sparse":
         return sparse([[token] for token in RESPONSE], len(EXPANDED) - 4)
     if FAULTS[name].needs == "batch":
@@ -465,7 +387,10 @@ def provoke(name: str, kind: str) -> tuple[str, dict[str, Any]]:
 @pytest.mark.parametrize(("name", "kind"), cases("refuse", "either", "silent", "harmless"))
 def test_a_disturbed_answer_has_status_200_and_is_not_the_right_one(name: str, kind: str) -> None:
     path, body = provoke(name, kind)
-    with stub(kind, name) as server:
+    first_stops = name in ("stop_missing", "runs_on")
+    with stub(
+        kind, name, sample=two_answers(first_stops) if FAULTS[name].needs == "sample" else None
+    ) as server:
         wrong_status, wrong = post(server, path, body)
         status, right = post(server, path, body)
     assert (wrong_status, status) == (200, 200)

@@ -90,7 +90,7 @@ def share_spans(
     span = student_span_T[held_T]
     total_S = _sums(teacher_lp_U.detach()[held_U], teacher_span_U[held_U], n)
     own = student_lp_T.detach().to(device)[held_T].double()
-    mass_S, count_S = _sums(own, span, n), torch.bincount(span, minlength=n)
+    mass_S, count_S = _sums(own, span, n), torch.bincount(span, minlength=n).double()
     even_S = ~mass_S.isfinite() | (mass_S.abs() < _NEGLIGIBLE)
     part = torch.where(even_S[span], 1.0 / count_S[span], own / mass_S[span])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
-from uniopd_mm.errors import DataError
+from uniopd_mm.errors import DataError, UniOPDError
 from uniopd_mm.processors import ProcessorError
 from uniopd_mm.rollout import Group, Prompt
 
@@ -16,11 +16,17 @@ if TYPE_CHECKING:
     from uniopd_mm.processors import EncodedPrompt, VLMProcessor
 
 
+class EngineError(UniOPDError, RuntimeError):
+    """Too few rollouts could be sampled, or the weights did not reach a server."""
+
+
 class Engine(Protocol):
     """Samples answers with the student's weights."""
 
     matches_trainer: bool
     """True: ``sampler_logprobs`` come from the trainer's own weights and kernels."""
+    failed: list[str]
+    """Why rollouts of the last :meth:`sample` are missing, one reason for each."""
 
     def sample(
         self,
@@ -29,12 +35,15 @@ class Engine(Protocol):
         sampling: SamplingConfig,
         seed: tuple[int, ...],
         progress: Callable[[int], None] | None = None,
+        finished: Callable[[list[Group]], None] | None = None,
     ) -> list[Group]:
-        """Fill each group with ``n`` rollouts.
+        """Fill each group with ``n`` rollouts; the groups in their order.
 
         Vision tokens are never sampled; ids are returned as sampled, never re-tokenised.  A rollout depends on the
         weights, ``seed``, its group's slot and its index alone, not on what else is in the batch.  ``progress`` is
-        called with the number of rollouts finished so far.
+        called with the number of rollouts finished so far, ``finished`` with groups as soon as all their rollouts are
+        there, each group once.  Rollouts that a server failed to sample are left out, and a group that has none with
+        them; ``failed`` then says why.
         """
         ...
 

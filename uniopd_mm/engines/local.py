@@ -5,7 +5,7 @@ R rows (rollouts) in flight, T response tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +31,7 @@ class LocalEngine:
     def __init__(self, student: MultimodalLM, concurrent_rollouts: int = 256) -> None:
         self.student = student
         self.concurrent_rollouts = concurrent_rollouts
+        self.failed: list[str] = []  # nothing fails in process
         processor = student.processor
         n_rows = student.transformer.get_output_embeddings().out_features
         # Rows of the head beyond the tokenizer are padding: they decode to nothing and no teacher knows them.
@@ -48,6 +49,7 @@ class LocalEngine:
         sampling: SamplingConfig,
         seed: tuple[int, ...],
         progress: Callable[[int], None] | None = None,
+        finished: Callable[[list[Group]], None] | None = None,
     ) -> list[Group]:
         """See :class:`uniopd_mm.engines.base.Engine`."""
         self.student.trim_images()
@@ -57,15 +59,19 @@ class LocalEngine:
         done: dict[int, Group] = {}
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
-            rollouts = self._decode([groups[i] for i in chosen], n, sampling, seed)
-            done |= {i: replace(groups[i], rollouts=r) for i, r in zip(chosen, rollouts, strict=True)}
-            if progress:
-                progress(len(done) * n)
+            for ready in self._decode([groups[i] for i in chosen], n, sampling, seed):
+                fresh = {chosen[g]: replace(groups[chosen[g]], rollouts=r) for g, r in ready.items()}
+                done |= fresh
+                if finished:
+                    finished(list(fresh.values()))
+                if progress:
+                    progress(len(done) * n)
         return [done[i] for i in range(len(groups))]
 
     def _decode(
         self, groups: list[Group], n: int, sampling: SamplingConfig, seed: tuple[int, ...]
-    ) -> list[tuple[Rollout, ...]]:
+    ) -> Iterator[dict[int, tuple[Rollout, ...]]]:
+        """Rollouts by position of their group, groups as they get done."""
         student, device, limit = self.student, self.student.device, sampling.max_new_tokens
         stop_ids = torch.tensor(
             [*student.processor.stop_token_ids(), *sampling.stop_token_ids], dtype=torch.long, device=device
@@ -84,6 +90,8 @@ class LocalEngine:
         decoding = start_decoding(student, [g.encoded for g in groups], n)
         row_R = torch.arange(n_rows, device=device)  # the rollout that each row in flight belongs to
         running_R = torch.ones(n_rows, dtype=torch.bool, device=device)
+        rollout_of_row = np.arange(n_rows)  # row_R, where it can be looked at without waiting for a GPU
+        waiting = set(range(len(groups)))
         for t in range(limit):
             logits_RV = student.logits(decoding.hidden_RH)
             token_R, logprob_R = sample_tokens(logits_RV, uniform_TR[t, row_R], sampling, suppressed)
@@ -94,35 +102,40 @@ class LocalEngine:
             if t + 1 == limit:
                 break
             if t % look_every == 0:
-                keep = running_R.nonzero()[:, 0]
-                if len(keep) == 0:
-                    break
+                keep = running_R.cpu().nonzero()[:, 0]  # here a GPU is waited for
+                busy = set((rollout_of_row[keep.numpy()] // n).tolist())
+                if waiting - busy:
+                    ready = sorted(waiting - busy)
+                    yield self._collect(ready, n, ids_TR[: t + 1], logprobs_TR[: t + 1], stops_TR[: t + 1])
+                    waiting &= busy
+                if not waiting:
+                    return
                 if len(keep) < COMPACT_BELOW * len(row_R):
+                    rollout_of_row = rollout_of_row[keep.numpy()]
+                    keep = keep.to(device)
                     decoding.keep(keep)
                     row_R, token_R, running_R = row_R[keep], token_R[keep], running_R[keep]
             decoding.feed(token_R)
-        stopped_R = stops_TR.any(0)
-        length_R = torch.where(stopped_R, stops_TR.int().argmax(0) + 1, limit)
-        return self._collect(
-            len(groups), n, ids_TR.T.cpu(), logprobs_TR.T.cpu(), length_R.tolist(), stopped_R.tolist()
-        )
+        yield self._collect(sorted(waiting), n, ids_TR, logprobs_TR, stops_TR)
 
     def _collect(
-        self,
-        n_groups: int,
-        n: int,
-        ids_RT: Tensor,
-        logprobs_RT: Tensor,
-        lengths: list[int],
-        stopped: list[bool],
-    ) -> list[tuple[Rollout, ...]]:
+        self, groups: list[int], n: int, ids_TR: Tensor, logprobs_TR: Tensor, stops_TR: Tensor
+    ) -> dict[int, tuple[Rollout, ...]]:
+        """The rollouts of these groups, which have stopped or are at the limit: T tokens."""
+        columns = torch.tensor([g * n + i for g in groups for i in range(n)], device=ids_TR.device)
+        ids_RT, logprobs_RT = ids_TR[:, columns].T.cpu(), logprobs_TR[:, columns].T.cpu()
+        stops_RT = stops_TR[:, columns].T.cpu()
+        stopped_R = stops_RT.any(1)
+        length_R = torch.where(stopped_R, stops_RT.int().argmax(1) + 1, ids_RT.shape[1])
         rollouts = [
             Rollout(
-                response_ids=ids_RT[r, : lengths[r]].clone(),
-                sampler_logprobs=logprobs_RT[r, : lengths[r]].clone(),
-                finish="stop" if stopped[r] else "length",
-                text=self.student.processor.decode(ids_RT[r, : lengths[r]]),
+                response_ids=ids_T[:length].clone(),
+                sampler_logprobs=logprobs_T[:length].clone(),
+                finish="stop" if stopped else "length",
+                text=self.student.processor.decode(ids_T[:length]),
             )
-            for r in range(n_groups * n)
+            for ids_T, logprobs_T, length, stopped in zip(
+                ids_RT, logprobs_RT, length_R.tolist(), stopped_R.tolist(), strict=True
+            )
         ]
-        return [tuple(rollouts[g * n : (g + 1) * n]) for g in range(n_groups)]
+        return {g: tuple(rollouts[k * n : (k + 1) * n]) for k, g in enumerate(groups)}

@@ -50,7 +50,7 @@ def evaluate(
 ) -> list[Sample]:
     """All samples, in the order of ``prompts``, on every rank.
 
-    A prompt whose images cannot be opened is *unknown*, with the reason.  ``progress`` gets (done, total) prompts of
+    A prompt whose images cannot be opened, or an answer that a server failed to give, is *unknown*, with the reason.  ``progress`` gets (done, total) prompts of
     this rank.
     """
     mine = world.share(len(prompts))
@@ -81,27 +81,27 @@ def _answer(
     answered = engine.sample(list(groups.values()), n, sampling, (EVALUATION_SEED, seed))
     texts = [(g.prompt, r.text) for g in answered for r in g.rollouts]
     outcomes = iter(verifiers.check(texts))
-    done = dict(zip(groups, answered, strict=True))
+    done = {g.slot: g.rollouts for g in answered}
+    lost = Outcome(correct=None, reason="; ".join(dict.fromkeys(engine.failed)) or "not answered")
     samples = []
     for slot, prompt in prompts.items():
         common = {"id": prompt.id, "domain": prompt.domain, "answer": prompt.answer}
-        if slot in failed:
-            samples += [
-                Sample(**common, index=i, text="", outcome=failed[slot], n_tokens=0, finish="error")
-                for i in range(n)
-            ]
-            continue
-        for i, rollout in enumerate(done[slot].rollouts):
-            samples.append(
-                Sample(
-                    **common,
-                    index=i,
-                    text=rollout.text,
-                    outcome=next(outcomes),
-                    n_tokens=len(rollout.response_ids),
-                    finish=rollout.finish,
-                )
+        rollouts = done.get(slot, ())
+        samples += [
+            Sample(
+                **common,
+                index=i,
+                text=rollout.text,
+                outcome=next(outcomes),
+                n_tokens=len(rollout.response_ids),
+                finish=rollout.finish,
             )
+            for i, rollout in enumerate(rollouts)
+        ]
+        samples += [
+            Sample(**common, index=i, text="", outcome=failed.get(slot, lost), n_tokens=0, finish="error")
+            for i in range(len(rollouts), n)
+        ]
     return samples
 
 

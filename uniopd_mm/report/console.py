@@ -128,8 +128,8 @@ class Console:
         self._print(pack(parts, self.width, separator="   "), "bold")
 
     def check(self, name: str, text: str, ok: bool | None) -> None:
-        """The result of one check before training; None = could not be checked."""
-        word, style = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("skipped", "yellow")}[ok]
+        """The result of one check before training; None = a warning, or not applicable: to be read."""
+        word, style = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("note", "yellow")}[ok]
         head = f"check  {word:<7}  {name}: "
         self._print(_wrap(head + text, self.width, indent=16), style)
 

@@ -14,7 +14,7 @@ Unit = Literal["nats/token", "nats", "share", "tokens", "tokens/s", "s", "rows",
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One documented metric; ``NAME`` in a name stands for a domain or a phase."""
+    """One documented metric; ``NAME`` in a name stands for a domain, a teacher, a phase or a class of reasons."""
 
     name: str
     unit: Unit
@@ -106,10 +106,28 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("rollout/scored_share", "share", "1", "response tokens with a usable teacher log-probability"),
     Metric(
+        "scored/NAME",
+        "share",
+        "1 with equal vocabularies, else near 1; lower with align: exact",
+        "rollout/scored_share of one teacher: how far its tokens cover the student's",
+    ),
+    Metric(
         "unscored/NAME",
         "share",
         "absent",
-        "rollouts a teacher left unscored: server = no answer, reply = unusable answer, alignment = nothing to score",
+        "rollouts without any scored token: server = no answer, reply = unusable answer, alignment = nothing to score",
+    ),
+    Metric(
+        "rollout/failed_share",
+        "share",
+        "absent",
+        "rollouts asked of a sampling server that never came, of all asked; they take no part in the step",
+    ),
+    Metric(
+        "rollout/staleness",
+        "",
+        "absent, or steady and small",
+        "optimizer steps that the weights in training are ahead of those that sampled, mean over rollouts",
     ),
     Metric(
         "rollout/mismatch",

@@ -1,7 +1,8 @@
-"""Servers that score given tokens over HTTP: the pool asks them, the wires speak their languages."""
+"""Servers over HTTP: the pool asks them, wires speak their languages for scoring given tokens, samplers for sampling."""
 
 from uniopd_mm.servers.errors import ReplyError, ServerError
 from uniopd_mm.servers.pool import ServerPool
+from uniopd_mm.servers.sampling import SAMPLERS, Sampled, Sampler, SampleRequest, SGLangSampler
 from uniopd_mm.servers.wire import (
     WIRES,
     OpenAIEcho,
@@ -14,10 +15,15 @@ from uniopd_mm.servers.wire import (
 )
 
 __all__ = [
+    "SAMPLERS",
     "WIRES",
     "OpenAIEcho",
     "ReplyError",
     "SGLangGenerate",
+    "SGLangSampler",
+    "SampleRequest",
+    "Sampled",
+    "Sampler",
     "ScoreRequest",
     "ServerError",
     "ServerPool",

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -39,6 +39,7 @@ _ADVICE_BY_TEXT = (
         "V2 model runner",
         "Start the server with VLLM_USE_V2_MODEL_RUNNER=1, or don't ask for the sparse route.",
     ),
+    ("max_num_seqs", "Start the server with a --max-num-seqs of rollout.n at least."),
     ("max allowed", "Start the server with a larger --max-logprobs."),
     ("context length", "Start the server with a larger --max-model-len, or sample shorter responses."),
     ("does not exist", "Set server.model to the name it serves (GET /v1/models lists it), or leave it out."),
@@ -76,8 +77,12 @@ class _Endpoint:
 class _Failure(Exception):
     """One attempt that failed."""
 
-    def __init__(self, problem: str, advice: str = "", retry: bool = True, rest_s: float = 0.0, alive=False):
+    def __init__(
+        self, problem: str, advice: str = "", retry=True, rest_s: float = 0.0, alive=False, lost=False
+    ):
         super().__init__(problem)
+        self.lost = lost
+        """The connection broke off."""
         self.problem, self.advice, self.retry, self.rest_s = problem, advice, retry, rest_s
         self.alive = alive
         """The server answered and is in order: nothing for its breaker."""
@@ -109,7 +114,6 @@ class ServerPool:
         self._timeout_s, self._backoff_s = timeout_s, backoff_s
         self._client = httpx2.Client(
             headers=dict(headers or {}),
-            timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S), pool=None),
             limits=httpx2.Limits(
                 max_keepalive_connections=concurrency * len(self._endpoints),
                 keepalive_expiry=2.0,  # servers hang up on idle connections after 5 s; be first
@@ -123,7 +127,7 @@ class ServerPool:
         self._turn = 0
 
     def post(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """The JSON object that a server replied; :class:`ServerError` when none did, or at once for a 4xx."""
+        """The JSON object that a server replied (a list of objects as ``{"items": [...]}``); :class:`ServerError` when none did, or at once for a 4xx."""
         body = json.dumps(dict(payload)).encode()
         failed: Counter[str] = Counter()
         advice: list[str] = []
@@ -148,11 +152,35 @@ class ServerPool:
         replies: list[tuple[str, dict[str, Any] | ServerError]] = []
         for endpoint in self._endpoints:
             try:
-                replies.append((endpoint.url, self._send("GET", endpoint.url, path)))
+                replies.append((endpoint.url, self._send("GET", endpoint.url, path, may_be_empty=True)))
             except _Failure as failure:
                 message = f"GET {endpoint.url}{path}: {failure.problem}. {failure.advice}".rstrip()
                 replies.append((endpoint.url, ServerError(message)))
         return replies
+
+    def post_each(
+        self,
+        path: str,
+        payload: Mapping[str, Any],
+        urls: Sequence[str] | None = None,
+        timeout_s: float = 1800.0,
+    ) -> list[tuple[str, dict[str, Any] | ServerError]]:
+        """What each URL (or each of ``urls``) replies to one POST, all at once and whatever their load; an empty reply
+        is ``{}``.  For orders to servers that do no harm given twice, such as to load weights: they are sent once more
+        where the connection breaks off (servers hang up after an error), and not retried otherwise."""
+        body = json.dumps(dict(payload)).encode()
+        chosen = [e.url for e in self._endpoints] if urls is None else list(urls)
+
+        def order(url: str, again: bool = True) -> dict[str, Any] | ServerError:
+            try:
+                return self._send("POST", url, path, body, timeout_s=timeout_s, may_be_empty=True)
+            except _Failure as failure:
+                if again and failure.lost:
+                    return order(url, again=False)
+                return ServerError(f"POST {url}{path}: {failure.problem}. {failure.advice}".rstrip())
+
+        with ThreadPoolExecutor(max(1, len(chosen))) as threads:
+            return list(zip(chosen, threads.map(order, chosen), strict=True))
 
     def submit(self, path: str, payload: Mapping[str, Any]) -> Future[dict[str, Any]]:
         """:meth:`post` in a thread of the pool."""
@@ -264,29 +292,44 @@ class ServerPool:
         with self._changed:
             return max(backoff, min(e.rest_until for e in self._endpoints) - time.monotonic())
 
-    def _send(self, method: str, url: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+    def _send(
+        self,
+        method: str,
+        url: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        timeout_s: float | None = None,
+        may_be_empty: bool = False,
+    ) -> dict[str, Any]:
         """The JSON object of one exchange, or a _Failure that says what to do about it."""
+        timeout_s = timeout_s or self._timeout_s
+        timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S), pool=None)
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
-            response = self._client.request(method, url + path, content=body, headers=headers)
+            response = self._client.request(
+                method, url + path, content=body, headers=headers, timeout=timeout
+            )
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise _Failure(f"cannot connect ({error})", _start_advice(url, path)) from error
         except httpx2.TimeoutException as error:
             advice = "Raise server.timeout_s, or lower server.concurrency."
-            raise _Failure(f"no answer within {self._timeout_s:g} s", advice) from error
+            raise _Failure(f"no answer within {timeout_s:g} s", advice) from error
         except httpx2.RequestError as error:
-            raise _Failure(f"connection lost ({type(error).__name__}: {error})") from error
+            raise _Failure(f"connection lost ({type(error).__name__}: {error})", lost=True) from error
         except RuntimeError:  # the client was closed by another thread
             self._raise_if_closed()
             raise
         if not response.is_success:
             raise _status_failure(response, self._timeout_s)
-        if method == "GET" and not response.content:
+        if may_be_empty and not response.content:
             return {}
         try:
             reply = response.json()
         except ValueError as error:
             raise _Failure(f"invalid JSON ({error})", "Is this URL the server itself?") from error
+        if isinstance(reply, list) and reply and all(isinstance(item, dict) for item in reply):
+            return {"items": reply}
         if not isinstance(reply, dict):
             raise _Failure(f"a JSON {type(reply).__name__}, expected an object")
         return reply

@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import base64
 import io
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from uniopd_mm.errors import AlignmentError
 from uniopd_mm.servers.errors import ReplyError
+from uniopd_mm.servers.replies import check_ids, check_placeholders, checked_logprobs, field, token_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
-
-_VLLM_MINUS_INFINITY = -9999.0
-_ROUNDING = 1e-3  # nats; a log-probability this far above 0 is still the rounding of a sum of exponentials
 
 
 @dataclass(frozen=True)
@@ -96,12 +93,12 @@ class VllmGenerate:
     def parse(self, reply: Mapping[str, Any], asked: ScoreRequest) -> Tensor:
         """See :class:`Wire`."""
         if self.sparse:
-            values = _npy_values(_field(reply, "prompt_token_id_logprobs", str), asked)
-            _check_ids(_field(reply, "prompt_token_ids", list), asked)
+            values = _npy_values(field(reply, "prompt_token_id_logprobs", str), asked)
+            check_ids(field(reply, "prompt_token_ids", list), asked.expanded_ids, asked.response_ids)
         else:
             values = _row_values(reply, asked)
-        _check_placeholders(reply, asked)
-        return _checked(values)
+        check_placeholders(reply, asked)
+        return checked_logprobs(values)
 
 
 class VllmCompletions:
@@ -123,7 +120,7 @@ class VllmCompletions:
 
     def parse(self, reply: Mapping[str, Any], asked: ScoreRequest) -> Tensor:
         """See :class:`Wire`."""
-        return _checked(_row_values(_only_choice(reply), asked))
+        return checked_logprobs(_row_values(_only_choice(reply), asked))
 
 
 class OpenAIEcho:
@@ -147,21 +144,21 @@ class OpenAIEcho:
     def parse(self, reply: Mapping[str, Any], asked: ScoreRequest) -> Tensor:
         """See :class:`Wire`."""
         choice = _only_choice(reply)
-        logprobs = _field(choice, "logprobs", Mapping)
-        values = _field(logprobs, "token_logprobs", list)
-        tokens = _field(logprobs, "tokens", list)
+        logprobs = field(choice, "logprobs", Mapping)
+        values = field(logprobs, "token_logprobs", list)
+        tokens = field(logprobs, "tokens", list)
         expected = len(asked.expanded_ids) + len(asked.response_ids)
         if not len(values) == len(tokens) == expected:
             raise ReplyError(f"{len(values)} values for {len(tokens)} tokens, expected {expected} of both")
-        ids = [_token_id(token) for token in tokens]
+        ids = [token_id(token) for token in tokens]
         if None in ids:
             ids = choice.get("prompt_token_ids")
             if not isinstance(ids, list):
                 raise ReplyError(
                     "the server does not say token ids ('token_id:17' or prompt_token_ids), so nothing can be checked"
                 )
-        _check_ids(ids, asked)
-        return _checked(values[len(asked.expanded_ids) :])
+        check_ids(ids, asked.expanded_ids, asked.response_ids)
+        return checked_logprobs(values[len(asked.expanded_ids) :])
 
 
 class SGLangGenerate:
@@ -187,18 +184,18 @@ class SGLangGenerate:
 
     def parse(self, reply: Mapping[str, Any], asked: ScoreRequest) -> Tensor:
         """See :class:`Wire`."""
-        meta = _field(reply, "meta_info", Mapping)
+        meta = field(reply, "meta_info", Mapping)
         finish = meta.get("finish_reason")
         if isinstance(finish, Mapping) and finish.get("type") == "abort":
             raise ReplyError(f"the server aborted: {str(finish.get('message', 'no message'))[:200]}")
         # The ids beside the values do not do: images and the last id of the vocabulary read 0 there.
-        _check_ids(_field(reply, "prompt_token_ids", list), asked)
+        check_ids(field(reply, "prompt_token_ids", list), asked.expanded_ids, asked.response_ids)
         expected = len(asked.expanded_ids) + len(asked.response_ids)
         if meta.get("prompt_tokens") != expected:
             raise ReplyError(
                 f"the server scored {meta.get('prompt_tokens')} prompt tokens, expected {expected}"
             )
-        entries = _field(meta, "input_token_logprobs", list)
+        entries = field(meta, "input_token_logprobs", list)
         if len(entries) != len(asked.response_ids) + 1:
             raise ReplyError(
                 f"{len(entries)} values, expected {len(asked.response_ids)} and the empty one before"
@@ -210,7 +207,7 @@ class SGLangGenerate:
         for t, (entry, sent) in enumerate(zip(entries[1:], asked.response_ids, strict=True)):
             if entry[1] not in (sent, 0):
                 raise ReplyError(f"response ids differ at {t}: sent {sent}, got {entry[1]}")
-        return _checked([entry[0] for entry in entries[1:]])
+        return checked_logprobs([entry[0] for entry in entries[1:]])
 
 
 WIRES: dict[str, type[Wire]] = {
@@ -225,7 +222,7 @@ WIRES: dict[str, type[Wire]] = {
 def png_uri(image: Image) -> str:
     """The picture as a data URI: lossless and RGB, so that the server sees the student's pixels."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG", compress_level=1)
+    image.convert("RGB").save(buffer, format="PNG", compress_level=1, icc_profile=None)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -239,22 +236,8 @@ def _text_only(asked: ScoreRequest, name: str) -> list[int]:
     return asked.expanded_ids + asked.response_ids
 
 
-def _field(reply: object, name: str, kind: type) -> Any:
-    """``reply[name]`` if it is a ``kind``; else ReplyError with the server's own error message if there is one."""
-    if not isinstance(reply, Mapping):
-        raise ReplyError(f"expected a JSON object with '{name}', got {type(reply).__name__}")
-    value = reply.get(name)
-    if isinstance(value, kind):
-        return value
-    error = reply.get("error")
-    if error:
-        message = error.get("message", error) if isinstance(error, Mapping) else error
-        raise ReplyError(f"the server says: {str(message)[:200]}")
-    raise ReplyError(f"'{name}' is {'null or missing' if value is None else 'a ' + type(value).__name__}")
-
-
 def _only_choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
-    choices = _field(reply, "choices", list)
+    choices = field(reply, "choices", list)
     if len(choices) != 1 or not isinstance(choices[0], Mapping):
         raise ReplyError(f"{len(choices)} choices, expected 1")
     return choices[0]
@@ -262,16 +245,16 @@ def _only_choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _row_values(reply: Mapping[str, Any], asked: ScoreRequest) -> list[Any]:
     """vLLM's ``prompt_logprobs`` of the response [U]; every id is checked."""
-    rows = _field(reply, "prompt_logprobs", list)
+    rows = field(reply, "prompt_logprobs", list)
     ids = reply.get("prompt_token_ids")
     sent = asked.expanded_ids + asked.response_ids
     if ids is not None:
-        _check_ids(ids, asked)
+        check_ids(ids, asked.expanded_ids, asked.response_ids)
     if len(rows) != len(sent):
         raise ReplyError(f"{len(rows)} positions scored, expected {len(sent)}")
     if ids is None:
         # Servers that do not know return_token_ids; asked for no alternatives, a row names its own token alone.
-        _check_ids([sent[0], *(_only_id(row) for row in rows[1:])], asked)
+        check_ids([sent[0], *(_only_id(row) for row in rows[1:])], asked.expanded_ids, asked.response_ids)
     values = []
     for t, (row, token) in enumerate(zip(rows[len(asked.expanded_ids) :], asked.response_ids, strict=True)):
         entry = row.get(str(token)) if isinstance(row, Mapping) else None
@@ -290,12 +273,6 @@ def _only_id(row: object) -> int | None:
     return int(key) if key.isdecimal() else None
 
 
-def _token_id(token: object) -> int | None:
-    """17 of ``token_id:17``; None of a token that is given as text."""
-    prefix, _, digits = token.partition(":") if isinstance(token, str) else ("", "", "")
-    return int(digits) if prefix == "token_id" and digits.isdecimal() else None
-
-
 def _npy_values(encoded: str, asked: ScoreRequest) -> list[float]:
     """A base64 ``.npy`` array [U, 1] as a list."""
     import numpy as np
@@ -310,82 +287,3 @@ def _npy_values(encoded: str, asked: ScoreRequest) -> list[float]:
     if array.shape != expected or array.dtype.kind != "f":
         raise ReplyError(f"values of shape {array.shape} and type {array.dtype}, expected {expected} floats")
     return array[:, 0].tolist()
-
-
-def _check_ids(ids: object, asked: ScoreRequest) -> None:
-    """ReplyError unless ``ids`` are exactly the expanded prompt and the response."""
-    sent = asked.expanded_ids + asked.response_ids
-    if ids == sent:
-        return
-    if not isinstance(ids, Sequence):
-        raise ReplyError(f"prompt_token_ids is a {type(ids).__name__}")
-    n_prompt = len(asked.expanded_ids)
-    at = next((i for i, pair in enumerate(zip(sent, ids, strict=False)) if pair[0] != pair[1]), None)
-    if at is None:
-        raise ReplyError(f"the server has {len(ids)} ids, expected {len(sent)}")
-    lengths = "" if len(ids) == len(sent) else f"; the server has {len(ids)} ids, expected {len(sent)}"
-    part, t = ("prompt", at) if at < n_prompt else ("response", at - n_prompt)
-    raise ReplyError(f"{part} ids differ at {t}: sent {sent[at]}, got {ids[at]}{lengths}")
-
-
-def _check_placeholders(reply: Mapping[str, Any], asked: ScoreRequest) -> None:
-    """ReplyError unless each image stands where its marker stood (vLLM's ``mm_placeholders``)."""
-    said = reply.get("mm_placeholders")
-    if said is None:
-        # Without them, only an expansion that changed the prompt's length proves that the images were seen.
-        unproved = reply.get("prompt_token_ids") is not None or len(asked.expanded_ids) == len(
-            asked.collapsed_ids
-        )
-        if asked.images and unproved:
-            raise ReplyError(f"'mm_placeholders' is null for {len(asked.images)} images: were they ignored?")
-        return
-    spans = _image_spans(said)
-    if len(spans) != len(asked.images):
-        raise ReplyError(f"the server placed {len(spans)} images, expected {len(asked.images)}")
-    text, end = [], 0
-    for start, length in spans:
-        if start < end or length < 1:
-            raise ReplyError(f"image at {start} with {length} tokens, after one that ends at {end}")
-        text += asked.expanded_ids[end:start]
-        end = start + length
-    if end > len(asked.expanded_ids):
-        raise ReplyError(f"an image ends at {end}, the prompt at {len(asked.expanded_ids)}")
-    text += asked.expanded_ids[end:]
-    n_text = len(asked.collapsed_ids) - len(asked.images)
-    stray = next((i for i in _placeholder_ids(asked, spans) if i in text), None)
-    if stray is not None:
-        raise ReplyError(f"placeholders {stray} outside the images at (offset, length) {spans[:4]}")
-    # Some tokenizers merge the newlines on either side of an image with those of the text.
-    if not n_text - 2 * len(spans) <= len(text) <= n_text:
-        raise ReplyError(
-            f"images at (offset, length) {spans[:4]} leave {len(text)} text tokens, expected {n_text}"
-        )
-
-
-def _placeholder_ids(asked: ScoreRequest, spans: list[tuple[int, int]]) -> set[int]:
-    """The id that fills most of each span: its features; the rest are row ends and the like."""
-    fillings = (Counter(asked.expanded_ids[start : start + length]) for start, length in spans)
-    return {filling.most_common(1)[0][0] for filling in fillings}
-
-
-def _image_spans(said: object) -> list[tuple[int, int]]:
-    """(offset, length) of all placeholders; ReplyError for anything but images."""
-    if not isinstance(said, Mapping) or not set(said) <= {"image"}:
-        raise ReplyError("'mm_placeholders' tells of something else than images")
-    spans = said.get("image", [])
-    if not isinstance(spans, list):
-        raise ReplyError(f"'mm_placeholders' holds a {type(spans).__name__}, expected a list")
-    pairs = [(_field(span, "offset", int), _field(span, "length", int)) for span in spans]
-    return sorted(pairs)
-
-
-def _checked(values: list[Any]) -> Tensor:
-    """The values [U] float32; ReplyError at the first that is no log-probability."""
-    import torch
-
-    for t, value in enumerate(values):
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ReplyError(f"value {t} is {'null' if value is None else 'a ' + type(value).__name__}")
-        if not _VLLM_MINUS_INFINITY < value <= _ROUNDING:  # false of nan as well
-            raise ReplyError(f"value {t} is {value}, not a finite log-probability")
-    return torch.tensor(values, dtype=torch.float32)

@@ -5,8 +5,8 @@ T = student tokens, U = teacher tokens of a response; log-probabilities in nats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from uniopd_mm.alignment import AlignedResponse, Aligner, teacher_messages, text_encoder, vocabulary
 from uniopd_mm.config import TeacherConfig
-from uniopd_mm.errors import UniOPDError
+from uniopd_mm.errors import ConfigError, UniOPDError
 from uniopd_mm.rollout import Group, Message, Prompt, Rollout
+from uniopd_mm.teachers.cache import ScoreCache, question_key
 
 if TYPE_CHECKING:
     from uniopd_mm.processors import EncodedPrompt, VLMProcessor
@@ -35,6 +36,10 @@ class Teacher(Protocol):
     name: str
     sees_images: bool
 
+    def start(self, groups: list[Group]) -> None:
+        """Begin with groups that :meth:`score` will be asked for soon, where that can go on beside other work."""
+        ...
+
     def messages(self, prompt: Prompt) -> tuple[tuple[Message, ...], bool]:
         """The prompt in this teacher's view, and whether the images go with it; AlignmentError when it has none."""
         ...
@@ -50,14 +55,44 @@ class Teacher(Protocol):
         ...
 
 
+@dataclass
+class Work:
+    """One group on its way through a teacher."""
+
+    group: Group
+    aligned: list[AlignedResponse]
+    """What this teacher must score of each rollout."""
+    answers: list[Tensor | str | None]
+    """For each rollout its [U] log-probabilities, or the reason why there are none; None = still to be asked for."""
+    encoded: EncodedPrompt | None = None
+    """The prompt as this teacher sees it; None when there is nothing to score."""
+    keys: dict[int, bytes] | None = None
+    """Where the answers that were not in the score cache go; None = there is no cache."""
+
+    def missing(self) -> list[int]:
+        """Rollouts still to be asked for."""
+        return [i for i, answer in enumerate(self.answers) if answer is None]
+
+
 class AlignedTeacher:
     """A teacher with its own template, processor and view of the image.  Where its numbers come from is the subclass's."""
 
     def __init__(
-        self, name: str, settings: TeacherConfig, processor: VLMProcessor, student: VLMProcessor
+        self,
+        name: str,
+        settings: TeacherConfig,
+        processor: VLMProcessor,
+        student: VLMProcessor,
+        cache: ScoreCache | None = None,
     ) -> None:
-        self.name, self.settings, self.processor = name, settings, processor
+        self.name, self.settings, self.processor, self.cache = name, settings, processor, cache
         self.sees_images = processor.sees_images
+        views = settings.view.values() if isinstance(settings.view, dict) else [settings.view]
+        if settings.in_modal_weight and "text" not in views and (None not in views or self.sees_images):
+            raise ConfigError(
+                f"teachers.{name}.in_modal_weight={settings.in_modal_weight} has a meaning only where the view is text. "
+                f"Type teachers.{name}.view=text, or teachers.{name}.in_modal_weight=0."
+            )
         self.aligner = Aligner(
             student=vocabulary(student.tokenizer),
             teacher=vocabulary(processor.tokenizer),
@@ -68,6 +103,9 @@ class AlignedTeacher:
             encode_text=text_encoder(processor.tokenizer),
         )
 
+    def start(self, groups: list[Group]) -> None:
+        """See :class:`Teacher`; nothing by default."""
+
     def score(
         self, groups: list[Group], temperature: float = 1.0, progress: Callable[[int], None] | None = None
     ) -> list[Group]:
@@ -77,28 +115,43 @@ class AlignedTeacher:
     def messages(self, prompt: Prompt) -> tuple[tuple[Message, ...], bool]:
         """See :class:`Teacher`."""
         settings = self.settings
-        return teacher_messages(prompt, settings.view, self.sees_images, settings.allow_blind, self.name)
+        view = settings.view_of(prompt.domain)
+        return teacher_messages(prompt, view, self.sees_images, settings.allow_blind, self.name)
 
     def encode(self, group: Group) -> EncodedPrompt:
         """The prompt as this teacher sees it: its own template, its own image tokens."""
         messages, use_images = self.messages(group.prompt)
         return self.processor.encode(list(messages), group.images if use_images else ())
 
-    def align(self, group: Group) -> list[AlignedResponse]:
-        """What this teacher must score of each rollout; nothing where ``teacher_ids`` is empty."""
-        return [self.aligner.align(r.response_ids, r.finish) for r in group.rollouts]
+    def begin(self, group: Group, temperature: float = 1.0) -> Work:
+        """Align a group's responses, and answer what the score cache knows."""
+        aligned = [self.aligner.align(r.response_ids, r.finish) for r in group.rollouts]
+        work = Work(group, aligned, [None if len(a.teacher_ids) else "" for a in aligned])
+        if not work.missing():
+            return work
+        work.encoded = self.encode(group)
+        if self.cache is not None:
+            images = group.images if work.encoded.image_spans else ()
+            work.keys = {
+                i: question_key(work.encoded, images, aligned[i].teacher_ids, temperature)
+                for i in work.missing()
+            }
+            for i, key in list(work.keys.items()):
+                work.answers[i] = self.cache.get(key, len(aligned[i].teacher_ids))
+                if work.answers[i] is not None:
+                    del work.keys[i]
+        return work
 
-    def fill(self, group: Group, aligned: list[AlignedResponse], answers: Iterator[Tensor | str]) -> Group:
-        """The group scored.  ``answers`` gives, for each rollout in order that has ``teacher_ids``, their [U]
-        log-probabilities, or the reason why there are none."""
-        rollouts = [
-            self._fill(rollout, response, next(answers) if len(response.teacher_ids) else "")
-            for rollout, response in zip(group.rollouts, aligned, strict=True)
-        ]
-        return replace(group, rollouts=tuple(rollouts))
+    def finish(self, work: Work) -> Group:
+        """The group scored with the answers, which the score cache keeps."""
+        if self.cache is not None and work.keys:
+            answered = ((key, work.answers[i]) for i, key in work.keys.items())
+            self.cache.put((key, answer) for key, answer in answered if isinstance(answer, Tensor))
+        rows = zip(work.group.rollouts, work.aligned, work.answers, strict=True)
+        return replace(work.group, rollouts=tuple(self._fill(*row) for row in rows))
 
-    def _fill(self, rollout: Rollout, aligned: AlignedResponse, answer: Tensor | str) -> Rollout:
-        if isinstance(answer, str):
+    def _fill(self, rollout: Rollout, aligned: AlignedResponse, answer: Tensor | str | None) -> Rollout:
+        if not isinstance(answer, Tensor):
             reason = answer or aligned.problem or "no token that the teacher knows"
             n = len(rollout.response_ids)
             teacher_lp, usable = torch.zeros(n), torch.zeros(n, dtype=torch.bool)

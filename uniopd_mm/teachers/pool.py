@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from uniopd_mm.config import TeacherConfig
 from uniopd_mm.errors import ConfigError
-from uniopd_mm.rollout import Group
+from uniopd_mm.rollout import Group, Prompt
 from uniopd_mm.teachers.base import Teacher, TeacherError, is_unscored, reason_class
 
 if TYPE_CHECKING:
@@ -55,6 +55,18 @@ class TeacherPool:
         self.settings = settings
         self.teachers = teachers
         self.world = world
+
+    def start(self, groups: list[Group]) -> None:
+        """Tell the teachers of groups that were just sampled: what is behind servers begins to score at once."""
+        for group in groups:
+            self.teachers[route(self.settings, group.prompt.domain)].start([group])
+
+    def in_modal_weight(self, prompt: Prompt) -> float:
+        """Share of a prompt's advantage that is measured against the student reading what its teacher reads."""
+        name = route(self.settings, prompt.domain)
+        settings, teacher = self.settings[name], self.teachers[name]
+        view = settings.view_of(prompt.domain) or ("image" if teacher.sees_images else "text")
+        return settings.in_modal_weight if prompt.images and view == "text" else 0.0
 
     def score(
         self, groups: list[Group], temperature: float = 1.0, progress: Callable[[int], None] | None = None

@@ -72,6 +72,13 @@ def probe_text(ask: Ask, processor: VLMProcessor, dtype: str) -> str:
     return f"a known text in two splits agrees within {max(between, earlier):.1e} nats"
 
 
+def fingerprint(ask: Ask, processor: VLMProcessor) -> list[float]:
+    """Log-probabilities of a known text: other weights behind the same name have others."""
+    head = processor.encode([{"role": "user", "content": "Continue:"}]).input_ids.tolist()
+    (values,) = _require_values(ask([ScoreRequest(head, head, probe_tokens(processor))]))
+    return values.tolist()
+
+
 def probe_images(ask: Ask, processor: VLMProcessor) -> str:
     """Score after a picture and after a blank one, small and large; ConfigError unless the server expands both as
     ``processor`` does and the picture makes a difference.  Returns what was found, for people."""

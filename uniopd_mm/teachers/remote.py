@@ -5,30 +5,37 @@ P prompt tokens, U teacher tokens of a response; log-probabilities in nats.
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from uniopd_mm.alignment import AlignedResponse
 from uniopd_mm.config import ServerConfig, TeacherConfig
 from uniopd_mm.errors import AlignmentError, ConfigError
 from uniopd_mm.rollout import Group, Message, Prompt
 from uniopd_mm.servers import WIRES, ReplyError, ScoreRequest, ServerError, ServerPool, png_uri
-from uniopd_mm.teachers.base import AlignedTeacher
-from uniopd_mm.teachers.probe import probe_images, probe_text
+from uniopd_mm.servers.serving import find_model, make_pool
+from uniopd_mm.teachers.base import AlignedTeacher, Work
+from uniopd_mm.teachers.cache import ScoreCache
+from uniopd_mm.teachers.probe import Ask, fingerprint, probe_images, probe_text
 
 if TYPE_CHECKING:
     from uniopd_mm.processors import VLMProcessor
 
 WITH_IMAGES = ("vllm", "sglang")
 """Kinds of servers that take images."""
-_AHEAD = 4  # requests prepared for each one that may be under way, so that a slow one holds nobody up
 _REASON_LENGTH = 300  # characters
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A request under way."""
+
+    asked: ScoreRequest
+    reply: Future[dict[str, Any]]
 
 
 class TeacherServer:
@@ -47,8 +54,8 @@ class TeacherServer:
         self.model = self.server.model or ""
         self.report = "not probed"
         """What :meth:`connect` found, for people."""
-        self._headers = _headers(name, self.server)
-        self.pool = self._make_pool(self.server.urls)
+        self._where = f"teachers.{name}.server"
+        self.pool = make_pool(self._where, self.server)
 
     def __enter__(self) -> TeacherServer:
         return self
@@ -61,55 +68,49 @@ class TeacherServer:
 
     def connect(self) -> None:
         """Ask every URL which model it serves and probe that it scores what it is asked; :class:`ConfigError`."""
-        where = f"teachers.{self.name}.server"
         kind, urls = self.server.kind, self.server.urls
-        path = "/model_info" if kind == "sglang" else "/v1/models"
-        served = {url: _served_models(where, url, path, reply) for url, reply in self.pool.get(path)}
-        self.model = _choose_model(where, served, self.server.model)
+        self.model = find_model(self._where, self.server, self.pool)
         found = ""
         for url in urls:
-            with closing(self._make_pool([url])) as pool:
+            with closing(make_pool(self._where, self.server, [url])) as pool:
                 try:
                     found = self._probe(pool)
                 except ConfigError as error:
                     raise ConfigError(
-                        f"{where}: {url} ({kind}): {str(error).rstrip('.')}.\n  {self._advice()}"
+                        f"{self._where}: {url} ({kind}): {str(error).rstrip('.')}.\n  {self._advice()}"
                     ) from error
         self.report = f"{kind} at {', '.join(urls)} serves {self.model}; {found}"
 
-    def ask(self, requests: Iterable[ScoreRequest]) -> Generator[Tensor | str, None, None]:
-        """The answers in order: [U] float32 log-probabilities, or the reason why there are none."""
-        yield from self._ask(self.pool, requests, _AHEAD * self.server.concurrency * len(self.server.urls))
+    def submit(self, asked: ScoreRequest, pool: ServerPool | None = None) -> Pending:
+        """Send a request, in a thread of the pool."""
+        return Pending(asked, (pool or self.pool).submit(*self.wire.request(asked, self.model)))
 
-    def _ask(self, pool: ServerPool, requests: Iterable[ScoreRequest], ahead: int) -> Iterator[Tensor | str]:
-        pending: deque[tuple[ScoreRequest, Future[dict[str, Any]]]] = deque()
+    def answer(self, pending: Pending) -> Tensor | str:
+        """Wait for [U] float32 log-probabilities, or the reason why there are none."""
         try:
-            for asked in requests:
-                pending.append((asked, pool.submit(*self.wire.request(asked, self.model))))
-                if len(pending) >= ahead:
-                    yield self._answer(*pending.popleft())
-            while pending:
-                yield self._answer(*pending.popleft())
-        finally:
-            for _, future in pending:
-                future.cancel()
-
-    def _answer(self, asked: ScoreRequest, future: Future[dict[str, Any]]) -> Tensor | str:
-        try:
-            return self.wire.parse(future.result(), asked)
+            return self.wire.parse(pending.reply.result(), pending.asked)
         except ReplyError as error:
             return f"reply: {error.reason}"[:_REASON_LENGTH]
         except ServerError as error:
             return f"server: {' '.join(str(error).split())}"[:_REASON_LENGTH]
 
-    def _probe(self, pool: ServerPool) -> str:
-        def ask(requests: list[ScoreRequest]) -> list[Tensor | str]:
-            return list(self._ask(pool, requests, len(requests)))
+    def fingerprint(self) -> list[float]:
+        """Log-probabilities of a known text, to tell whether the weights are still the same; :class:`ConfigError`."""
+        return fingerprint(self._ask(self.pool), self.processor)
 
+    def _probe(self, pool: ServerPool) -> str:
+        ask = self._ask(pool)
         found = [probe_text(ask, self.processor, self.settings.dtype)]
-        if self.takes_images and self.processor.sees_images and self.settings.view in (None, "image"):
+        if self.takes_images and self.processor.sees_images and self.settings.view not in ("text", "drop"):
             found.append(probe_images(ask, self.processor))
         return ", ".join(found)
+
+    def _ask(self, pool: ServerPool) -> Ask:
+        def ask(requests: list[ScoreRequest]) -> list[Tensor | str]:
+            pending = [self.submit(asked, pool) for asked in requests]
+            return [self.answer(one) for one in pending]
+
+        return ask
 
     def _advice(self) -> str:
         text = (
@@ -124,25 +125,21 @@ class TeacherServer:
             )
         return text
 
-    def _make_pool(self, urls: list[str]) -> ServerPool:
-        server = self.server
-        return ServerPool(
-            urls,
-            concurrency=server.concurrency,
-            timeout_s=server.timeout_s,
-            retries=server.retries,
-            headers=self._headers,
-        )
-
 
 class RemoteTeacher(AlignedTeacher):
     """Scores groups by asking servers, one request for each rollout."""
 
     def __init__(
-        self, name: str, settings: TeacherConfig, server: TeacherServer, student: VLMProcessor
+        self,
+        name: str,
+        settings: TeacherConfig,
+        server: TeacherServer,
+        student: VLMProcessor,
+        cache: ScoreCache | None = None,
     ) -> None:
-        super().__init__(name, settings, server.processor, student)
+        super().__init__(name, settings, server.processor, student, cache)
         self.server = server
+        self._started: dict[tuple[int, ...], tuple[Work, dict[int, Pending]]] = {}
 
     def messages(self, prompt: Prompt) -> tuple[tuple[Message, ...], bool]:
         """See :class:`uniopd_mm.teachers.base.Teacher`."""
@@ -164,72 +161,46 @@ class RemoteTeacher(AlignedTeacher):
                 f"teacher '{self.name}' was asked to score at temperature {temperature}, but servers score prompts at "
                 "temperature 1 only. Set loss.score_temperature=1"
             )
-        aligned = [self.align(g) for g in groups]
-        answers = self.server.ask(self._requests(groups, aligned))
+        asked = [self._started.pop(_sampled(g), None) or self._send(g) for g in groups]
         scored: list[Group] = []
-        with closing(answers):
-            for group, row in zip(groups, aligned, strict=True):
-                scored.append(self.fill(group, row, answers))
+        try:
+            for group, (work, pending) in zip(groups, asked, strict=True):
+                work.group = group  # more is known of it now than when it was sent
+                for i, one in pending.items():
+                    work.answers[i] = self.server.answer(one)
+                scored.append(self.finish(work))
                 if progress:
                     progress(len(scored))
+        finally:
+            abandoned = [*asked[len(scored) :], *self._started.values()]
+            for one in (one for _, pending in abandoned for one in pending.values()):
+                one.reply.cancel()
+            self._started.clear()
         return scored
 
-    def _requests(self, groups: list[Group], aligned: list[list[AlignedResponse]]) -> Iterator[ScoreRequest]:
-        """One for each rollout with something to score, in order; a prompt is encoded once."""
-        for group, row in zip(groups, aligned, strict=True):
-            responses = [a.teacher_ids.tolist() for a in row if len(a.teacher_ids)]
-            if not responses:
-                continue
-            encoded = self.encode(group)
-            collapsed, expanded = encoded.collapsed_ids.tolist(), encoded.input_ids.tolist()
-            images = tuple(map(png_uri, group.images)) if encoded.image_spans else ()
-            for response_ids in responses:
-                yield ScoreRequest(collapsed, expanded, response_ids, images)
+    def start(self, groups: list[Group]) -> None:
+        """Send the requests of groups that were just sampled; :meth:`score` waits for the replies."""
+        self._started |= {_sampled(g): self._send(g) for g in groups}
+
+    def _send(self, group: Group) -> tuple[Work, dict[int, Pending]]:
+        """One request for each rollout with something to score that the cache does not know."""
+        work = self.begin(group)
+        missing = work.missing()
+        if not missing or work.encoded is None:
+            return work, {}
+        collapsed, expanded = work.encoded.collapsed_ids.tolist(), work.encoded.input_ids.tolist()
+        pictures = map(self.processor.resize, group.images if work.encoded.image_spans else ())
+        images = tuple(
+            map(png_uri, pictures)
+        )  # in the size that the server would give them, by our own kernels
+        work.encoded = None  # its pixels are no longer needed
+        requests = {
+            i: ScoreRequest(collapsed, expanded, work.aligned[i].teacher_ids.tolist(), images)
+            for i in missing
+        }
+        return work, {i: self.server.submit(asked) for i, asked in requests.items()}
 
 
-def _headers(name: str, server: ServerConfig) -> dict[str, str]:
-    if server.api_key_env is None:
-        return {}
-    key = os.environ.get(server.api_key_env)
-    if not key:
-        raise ConfigError(
-            f"teachers.{name}.server.api_key_env names the environment variable {server.api_key_env}, which is not set. "
-            f"Type export {server.api_key_env}=KEY, or leave api_key_env out."
-        )
-    return {"Authorization": f"Bearer {key}"}
-
-
-def _served_models(where: str, url: str, path: str, reply: dict[str, Any] | ServerError) -> list[str]:
-    """Names under which a server knows its models; :class:`ConfigError` if it does not say."""
-    if isinstance(reply, ServerError):
-        raise ConfigError(f"{where}: {reply}") from reply
-    listed = reply.get("data")
-    names = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
-    names += [reply.get("model_path"), reply.get("served_model_name")]
-    known = [n for n in dict.fromkeys(names) if isinstance(n, str) and n]
-    if not known:
-        raise ConfigError(
-            f"{where}: {url}{path} does not say which model it serves (found {str(reply)[:200]}). "
-            "Check server.kind and server.urls."
-        )
-    return known
-
-
-def _choose_model(where: str, served: dict[str, list[str]], wanted: str | None) -> str:
-    """The served name to ask for: ``wanted``, or the only one there is at every URL."""
-    if wanted is not None:
-        for url, names in served.items():
-            if wanted not in names:
-                raise ConfigError(
-                    f"{where}: {url} serves {', '.join(names)}, not '{wanted}'. Type {where}.model={names[0]}, or start "
-                    f"the server with --served-model-name {wanted}"
-                )
-        return wanted
-    different = {names[0] for names in served.values()}
-    if len(different) > 1 or any(len(names) > 1 for names in served.values()):
-        listed = "; ".join(f"{url}: {', '.join(names)}" for url, names in served.items())
-        first = next(iter(served.values()))[0]
-        raise ConfigError(
-            f"{where}: the URLs serve several models ({listed}). Type {where}.model={first}, for example"
-        )
-    return different.pop()
+def _sampled(group: Group) -> tuple[int, ...]:
+    """Which sampled responses these are: the tensors themselves, whatever else is known of them by now."""
+    return tuple(id(r.response_ids) for r in group.rollouts)

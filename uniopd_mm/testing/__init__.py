@@ -9,7 +9,7 @@
 [-0.6000000000000001, -0.7000000000000001]
 
 ``FAULTS`` lists what can go wrong and what a client has to do about it; ``names("refuse", "sglang")`` is made for
-``pytest.mark.parametrize``.  ``server.requests`` holds what came in, ``server.applied`` which calls went wrong.
+``pytest.mark.parametrize`` (``names("refuse", "sglang", "sample")`` for sampled answers).  ``server.requests`` holds what came in, ``server.applied`` which calls went wrong.
 With images, ``expand`` does what the processor of a real server does: ``expand(collapsed ids, n_images)``.
 """
 

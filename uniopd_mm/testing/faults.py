@@ -33,8 +33,9 @@ class Fault:
     kinds: tuple[str, ...]
     """The servers that it makes sense for."""
     meaning: str
-    needs: Literal["", "images", "batch", "sparse", "echo"] = ""
-    """What a request must have for the fault to act: images, several prompts, ``prompt_logprob_token_ids``, ``echo``."""
+    needs: Literal["", "images", "batch", "sparse", "echo", "score", "sample"] = ""
+    """What a request must have for the fault to act: images, several prompts or answers, ``prompt_logprob_token_ids``,
+    ``echo``, a wish for prompt log-probabilities (``score``) or for sampled answers with theirs (``sample``)."""
 
 
 FAULTS: dict[str, Fault] = {
@@ -65,21 +66,25 @@ FAULTS: dict[str, Fault] = {
     ),
     "one_id_changed": Fault("refuse", SCORING, "re-tokenised: same length, the last id differs"),
     "retokenised_shorter": Fault("refuse", SCORING, "re-tokenised: the last two ids became one"),
-    "nan": Fault("refuse", SCORING, "the last value is NaN"),
-    "minus_9999": Fault("refuse", SCORING, "the last value is -inf: vLLM writes -9999.0, SGLang null"),
-    "null_value": Fault("refuse", SCORING, "the last value is null"),
-    "positive": Fault("refuse", SCORING, "the last value is a log-probability above 0"),
-    "values_shifted": Fault("silent", SCORING, "values moved on by one position, ids in their places"),
+    "nan": Fault("refuse", SCORING, "the last value is NaN", "score"),
+    "minus_9999": Fault(
+        "refuse", SCORING, "the last value is -inf: vLLM writes -9999.0, SGLang null", "score"
+    ),
+    "null_value": Fault("refuse", SCORING, "the last value is null", "score"),
+    "positive": Fault("refuse", SCORING, "the last value is a log-probability above 0", "score"),
+    "values_shifted": Fault(
+        "silent", SCORING, "values moved on by one position, ids in their places", "score"
+    ),
     # on the reply
-    "null_scores": Fault("refuse", SCORING, "200 without scores: the list is null"),
-    "shifted": Fault("refuse", SCORING, "entries moved by one: no null first, a null last"),
-    "missing_value": Fault("refuse", SCORING, "one entry too few"),
-    "extra_value": Fault("refuse", SCORING, "one entry too many"),
+    "null_scores": Fault("refuse", SCORING, "200 without scores: the list is null", "score"),
+    "shifted": Fault("refuse", SCORING, "entries moved by one: no null first, a null last", "score"),
+    "missing_value": Fault("refuse", SCORING, "one entry too few", "score"),
+    "extra_value": Fault("refuse", SCORING, "one entry too many", "score"),
     "actual_missing": Fault(
-        "refuse", ("vllm", "vllm_text"), "the last entry holds another id than the one in the prompt"
+        "refuse", ("vllm", "vllm_text"), "the last entry holds another id than the one in the prompt", "score"
     ),
     "extra_entries": Fault(
-        "harmless", ("vllm", "vllm_text"), "a likelier id stands before the actual one in each entry"
+        "harmless", ("vllm", "vllm_text"), "a likelier id stands before the actual one in each entry", "score"
     ),
     "wrong_spans": Fault("refuse", ("vllm",), "mm_placeholders begin one position late", "images"),
     "no_prompt_ids": Fault("either", SCORING, "prompt ids are not reported though asked for"),
@@ -89,8 +94,31 @@ FAULTS: dict[str, Fault] = {
         "harmless", VLLM, "answers of a batch come back in another order, rightly indexed", "batch"
     ),
     "batch_short": Fault("refuse", VLLM, "the last answer of a batch is missing", "batch"),
-    "phantom_output": Fault("harmless", ("sglang",), "an output log-probability without an output token"),
+    "phantom_output": Fault(
+        "harmless", ("sglang",), "an output log-probability without an output token", "score"
+    ),
     "abort": Fault("refuse", ("sglang",), "200 with finish_reason abort and no scores"),
+    # on sampled answers, on the first of a reply where it is about one
+    "answer_missing": Fault("refuse", SCORING, "one answer fewer than asked for", "sample"),
+    "answer_too_many": Fault("refuse", SCORING, "one answer more than asked for", "sample"),
+    "same_index": Fault("refuse", VLLM, "two answers have the same index", "sample"),
+    "answer_without_logprobs": Fault("refuse", SCORING, "an answer without log-probabilities", "sample"),
+    "answer_value_missing": Fault("refuse", SCORING, "one log-probability fewer than tokens", "sample"),
+    "answer_nan": Fault("refuse", SCORING, "the last log-probability is NaN", "sample"),
+    "answer_null": Fault("refuse", SCORING, "the last log-probability is null", "sample"),
+    "answer_minus_9999": Fault("refuse", SCORING, "the last log-probability is -9999.0", "sample"),
+    "answer_positive": Fault("refuse", SCORING, "the last log-probability is above 0", "sample"),
+    "answer_of_others": Fault("refuse", SCORING, "a log-probability is said to be of another id", "sample"),
+    "vision_sampled": Fault("refuse", SCORING, "the first token is one that logit_bias excludes", "sample"),
+    "beyond_vocabulary": Fault("refuse", SCORING, "the first token is in no vocabulary", "sample"),
+    "stop_missing": Fault("refuse", SCORING, "an answer that stopped ends before its stop token", "sample"),
+    "runs_on": Fault("refuse", SCORING, "an answer that stopped has its stop token twice", "sample"),
+    "too_long": Fault("refuse", SCORING, "an answer is longer than the limit", "sample"),
+    "cut_short": Fault(
+        "refuse", SCORING, "an answer is cut before the limit, the context was full", "sample"
+    ),
+    "answer_aborted": Fault("refuse", SCORING, "an answer ends with the finish reason abort", "sample"),
+    "stale_weights": Fault("refuse", WITH_IMAGES, "an answer of other weights than the newest", "sample"),
 }
 
 
@@ -128,10 +156,10 @@ class Faults:
 def names(effect: Effect, kind: str, *having: str) -> list[str]:
     """All faults of a server kind that ask the same of a client, for ``pytest.mark.parametrize``.
 
-    ``having``: what the requests have, as in ``Fault.needs``; an ``openai`` request is taken to have ``echo``.  With
-    ``prompt_logprob_token_ids`` a prompt of another length is refused by the server already: 400.
+    ``having``: what the requests have, as in ``Fault.needs``; requests that do not ``sample`` are taken to ``score``, an
+    ``openai`` one with ``echo``.  With ``prompt_logprob_token_ids`` a prompt of another length is refused by the server already: 400.
     """
-    met = {"", "echo", *having}
+    met = {"", "echo", *having} if "sample" in having else {"", "echo", "score", *having}
     return [
         n
         for n, fault in FAULTS.items()

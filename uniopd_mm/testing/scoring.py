@@ -47,6 +47,14 @@ class Refusal(Exception):
         return cls(status, {"error": {"message": message, "type": kind, "param": param, "code": status}})
 
 
+@dataclass
+class Weights:
+    """What a stub server was told to load."""
+
+    folder: str | None = None
+    version: str = "default"
+
+
 @dataclass(frozen=True)
 class Teacher:
     """The model behind a stub server."""
@@ -68,6 +76,7 @@ class Teacher:
     encode: Callable[[str], Ids] = encode_bytes
     decode: Callable[[Ids], str] = decode_bytes
     lock: threading.Lock = field(default_factory=threading.Lock)
+    weights: Weights = field(default_factory=Weights)
 
     def read(self, collapsed: Ids, images: Images) -> Scored:
         """Expand and score a prompt; without images every id is text, as on the real servers."""

@@ -1,10 +1,11 @@
-"""Replies of SGLang 0.5.23: ``/generate`` for one row or a batch, ``/model_info``."""
+"""Replies of SGLang 0.5.23: ``/generate`` for one row or a batch, ``/model_info``, ``/update_weights_from_disk``."""
 
 from __future__ import annotations
 
 import math
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from uniopd_mm.testing.faults import retokenise
@@ -19,10 +20,18 @@ def model_info(teacher: Teacher) -> JSON:
         "tokenizer_path": teacher.model,
         "is_generation": True,
         "preferred_sampling_params": None,
-        "weight_version": "default",
+        "weight_version": teacher.weights.version,
         "has_image_understanding": teacher.expand is not None,
         "has_audio_understanding": False,
     }
+
+
+def load(teacher: Teacher, payload: JSON, on_load: Callable[[str, str | None], None]) -> JSON:
+    """The reply to ``/update_weights_from_disk``."""
+    weights = teacher.weights
+    on_load(payload["model_path"], payload.get("weight_version"))
+    weights.folder, weights.version = payload["model_path"], payload.get("weight_version") or weights.version
+    return {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0}
 
 
 def generate(teacher: Teacher, payload: JSON, disturb: Disturb) -> JSON | list[JSON]:
@@ -106,7 +115,9 @@ def _reply(
     tokens, values = answer
     size = len(scored.ids)
     kind = (
-        {"type": "length", "length": len(tokens)} if len(tokens) >= count else {"type": "stop", "matched": 0}
+        {"type": "length", "length": len(tokens)}
+        if len(tokens) >= count
+        else {"type": "stop", "matched": tokens[-1] if tokens else 0}
     )
     meta: JSON = {
         "id": payload.get("rid") or uuid.uuid4().hex,
@@ -114,7 +125,7 @@ def _reply(
         "prompt_tokens": size,
         "completion_tokens": len(tokens),
         "cached_tokens": 0,
-        "weight_version": "default",
+        "weight_version": scored.teacher.weights.version,
         "num_retractions": 0,
         "e2e_latency": time.process_time() % 1,
     }

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 from uniopd_mm.errors import ConfigError
 from uniopd_mm.testing import sglang, unfit, vllm
+from uniopd_mm.testing.answers import spoil_answers
 from uniopd_mm.testing.faults import EVERY, Faults, disturb, refusal, spoil
 from uniopd_mm.testing.scoring import Ids, Images, Refusal, Scored, Span, Teacher, decode_bytes, encode_bytes
 
@@ -42,7 +43,10 @@ class StubServer:
     (SGLang's check of the number of markers needs it always).  ``vocab_size`` makes SGLang clip the last id, and brings
     the likeliest tokens where a request asks for some: each id at each position scored by itself, which is slow for a
     ``score`` that is, unless ``distribution(expanded ids, images)`` gives log p [P-1, V] at once.
-    ``sample(expanded ids, images, params)`` gives [(token ids, logprobs)] of each of the n answers.
+    ``sample(expanded ids, images, params)`` gives [(token ids, logprobs)] of each of the n answers; one whose last id is
+    among the request's stop ids, or that is shorter than asked, has stopped.  With ``dev_mode`` vLLM takes orders to load
+    weights, SGLang does so always; ``on_load(folder, version)`` is called then (version None: vLLM is told it later), and
+    replies name ``teacher.weights.version`` where the real ones do.
     Leaving the context raises what ``score`` and its like raised, for a client sees only status 500.
     """
 
@@ -64,6 +68,8 @@ class StubServer:
         decode: Callable[[Ids], str] = decode_bytes,
         api_key: str | None = None,
         delay_s: float = 0.0,
+        dev_mode: bool = False,
+        on_load: Callable[[str, str | None], None] = lambda folder, version: None,
     ) -> None:
         if kind not in EVERY:
             raise ConfigError(f"Unknown kind of stub server {kind!r}; there are {', '.join(EVERY)}.")
@@ -81,6 +87,7 @@ class StubServer:
             decode=decode,
         )
         self.kind, self.faults, self.api_key, self.delay_s = kind, faults or Faults(), api_key, delay_s
+        self.dev_mode, self.on_load = dev_mode, on_load
         self.requests: list[Request] = []
         """Every POST request, in order of arrival."""
         self.applied: list[tuple[int, str]] = []
@@ -138,7 +145,7 @@ class StubServer:
             self._note(request, fault)
             raise refused
         reply = self._route(request, fault)
-        if spoil(reply, fault):
+        if spoil(reply, fault) or spoil_answers(reply, fault, request.payload):
             self._note(request, fault)
         if isinstance(reply, dict):
             vllm.encode_sparse(reply)
@@ -157,8 +164,12 @@ class StubServer:
                 return vllm.generate(teacher, payload, disturbed, scale_out=self.kind == "vllm")
             if request.path == "/v1/completions":
                 return vllm.completions(teacher, payload, disturbed)
+            if self.dev_mode:
+                return vllm.order(teacher, request.path.partition("?")[0], payload, self.on_load)
         if route == ("sglang", "/generate"):
             return sglang.generate(teacher, payload, disturbed)
+        if route == ("sglang", "/update_weights_from_disk"):
+            return sglang.load(teacher, payload, self.on_load)
         if route == ("transformers_serve", "/v1/completions"):
             return unfit.transformers_serve(teacher, payload)
         if route == ("llama_cpp", "/v1/completions"):
@@ -173,6 +184,8 @@ class StubServer:
             return vllm.models(self.teacher)
         if path == "/version" and self.kind in ("vllm", "vllm_text", "openai"):
             return {"version": "0.33.0"}
+        if path == "/weight_info" and self.dev_mode and self.kind in ("vllm", "vllm_text", "openai"):
+            return {"weight_version": self.teacher.weights.version}
         if path in ("/model_info", "/get_model_info") and self.kind == "sglang":
             return sglang.model_info(self.teacher)
         raise Refusal(404, {"detail": "Not Found"})
@@ -235,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
             stub._note(request, fault)
             self._cut(json.dumps(reply).encode(), declared_whole=fault == "truncated_body")
             return
-        self._send(status, reply)
+        self._send(status, b"" if reply is None else reply)
 
     def _authorize(self) -> None:
         key = self.server.stub.api_key

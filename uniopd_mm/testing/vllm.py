@@ -1,4 +1,5 @@
-"""Replies of vLLM 0.33: ``/inference/v1/generate``, ``/v1/completions``, ``/v1/models``."""
+"""Replies of vLLM 0.33: ``/inference/v1/generate``, ``/v1/completions``, ``/v1/models``; with VLLM_SERVER_DEV_MODE=1
+also the orders to load weights and to forget caches."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import struct
 import time
 import uuid
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 from uniopd_mm.testing.faults import scale_out_disabled
@@ -20,6 +22,27 @@ def models(teacher: Teacher) -> JSON:
     entry = {"id": teacher.model, "object": "model", "created": int(time.time()), "owned_by": "vllm"}
     entry |= {"root": teacher.model, "parent": None, "max_model_len": teacher.max_model_len, "permission": []}
     return {"object": "list", "data": [entry]}
+
+
+def order(
+    teacher: Teacher, path: str, payload: JSON, on_load: Callable[[str, str | None], None]
+) -> JSON | None:
+    """The reply to an order of the development mode, None = an empty body; Refusal for any other path."""
+    if path == "/collective_rpc":
+        if payload.get("method") != "reload_weights":
+            raise Refusal(400, {"detail": f"unknown method {payload.get('method')!r}"})
+        folder = payload["kwargs"]["weights_path"]
+        on_load(folder, None)
+        teacher.weights.folder = folder
+        return {"results": [None]}
+    if path == "/reset_prefix_cache":
+        return {"success": True}
+    if path in ("/reset_mm_cache", "/reset_encoder_cache"):
+        return None
+    if path == "/update_weight_version":
+        teacher.weights.version = payload["new_version"]
+        return {"success": True, "new_version": teacher.weights.version}
+    raise Refusal(404, {"detail": "Not Found"})
 
 
 # ---- /inference/v1/generate --------------------------------------------------------------------------------------
@@ -42,6 +65,7 @@ def generate(teacher: Teacher, payload: JSON, disturb: Disturb, scale_out: bool)
     sparse = _sparse(teacher, scored, params) if asked else None
     room = teacher.max_model_len - len(scored.ids)
     count = room if params.get("max_tokens") is None else min(room, int(params["max_tokens"]))
+    _check_greedy(params)
     answers = teacher.generate(whole, params, count)
     told = bool(payload.get("return_token_ids"))
     return {
@@ -57,7 +81,7 @@ def generate(teacher: Teacher, payload: JSON, disturb: Disturb, scale_out: bool)
         "kv_transfer_params": None,
         "ec_transfer_params": None,
         "output_mode": "tokens",
-        "choices": [_token_choice(i, answer, count, params) for i, answer in enumerate(answers)],
+        "choices": [_token_choice(teacher, i, answer, count, params) for i, answer in enumerate(answers)],
     }
 
 
@@ -124,7 +148,9 @@ def _sparse(teacher: Teacher, scored: Scored, params: JSON) -> list[list[float]]
     return [scored.of(start + i + 1, row) for i, row in enumerate(padded)]
 
 
-def _token_choice(index: int, answer: tuple[list[int], list[float]], count: int, params: JSON) -> JSON:
+def _token_choice(
+    teacher: Teacher, index: int, answer: tuple[list[int], list[float]], count: int, params: JSON
+) -> JSON:
     tokens, values = answer
     content = [
         {"token_id": token, "logprob": _number(value), "rank": 1, "top_logprobs": [_top(token, value)]}
@@ -132,12 +158,12 @@ def _token_choice(index: int, answer: tuple[list[int], list[float]], count: int,
     ]
     return {
         "index": index,
-        "finish_reason": "length" if len(tokens) >= count else "stop",
+        "finish_reason": finish_reason(tokens, count, params),
         "stop_reason": None,
         "token_ids": list(tokens),
         "routed_experts": None,
         "sampling_mask": None,
-        "weight_versions": [{"version": "default", "start": 0, "end": len(tokens)}],
+        "weight_versions": [{"version": teacher.weights.version, "start": 0, "end": len(tokens)}],
         "logprobs": None if params.get("logprobs") is None else {"content": content},
     }
 
@@ -153,6 +179,7 @@ def completions(teacher: Teacher, payload: JSON, disturb: Disturb) -> JSON:
     """One choice per prompt and answer; those of prompt i have the indices from i * n on."""
     _check_model(teacher, payload)
     _check_caps(teacher, payload)
+    _check_greedy(payload)
     prompts = _prompts(teacher, payload.get("prompt"))
     n = int(payload.get("n") or 1)
     choices, prompt_tokens, output_tokens = [], 0, 0
@@ -207,7 +234,7 @@ def _text_choice(
         "index": index,
         "text": scored.teacher.decode(shown),
         "logprobs": logprobs,
-        "finish_reason": "length" if len(tokens) >= count else "stop",
+        "finish_reason": finish_reason(tokens, count, payload),
         "stop_reason": None,
         "token_ids": list(tokens) if told else None,
         "prompt_logprobs": _entries(scored, k if echo and prompt_k is None else prompt_k),
@@ -269,6 +296,18 @@ def _entry(scored: Scored, at: int, k: int) -> JSON:
         str(other): {"logprob": _number(v), "rank": r, "decoded_token": decode([other])}
         for other, (v, r) in values.items()
     }
+
+
+def finish_reason(tokens: list[int], count: int, params: JSON) -> str:
+    """vLLM looks at stop tokens first, then at the length."""
+    stopped = bool(tokens) and tokens[-1] in (params.get("stop_token_ids") or ())
+    return "length" if len(tokens) >= count and not stopped else "stop"
+
+
+def _check_greedy(params: JSON) -> None:
+    n = int(params.get("n") or 1)
+    if params.get("temperature") == 0 and n > 1:
+        raise Refusal.openai(400, f"n must be 1 when using greedy sampling, got {n}.")
 
 
 def _number(value: float | None) -> float | None:

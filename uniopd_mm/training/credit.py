@@ -36,14 +36,15 @@ def assign_advantages(
 ) -> tuple[list[Group], dict[str, float]]:
     """Fill ``advantages`` and ``kept`` of every rollout; statistics of the global batch, the same on every rank."""
     rows = world.gather([_row(g, i) for g in groups for i in range(len(g.rollouts))])
+    if not rows:
+        raise UniOPDError("no rollout of this step was sampled")
     rows.sort(key=lambda row: (row.slot, row.index))
     advantage_BT, scored_BT = _pad(rows)
     outcome_B = torch.tensor([row.outcome for row in rows], dtype=torch.int8)
     slot_B = torch.tensor([row.slot for row in rows])
     _require_known(outcome_B, config.verifier.max_unknown_share)
-
-    n_max = max(row.index for row in rows) + 1
-    key_B = torch.tensor([row.slot * n_max + row.index for row in rows])
+    outcome_B[~scored_BT.any(-1)] = -1  # what no teacher scored takes no part in anything
+    key_B = _keys(rows, config.rollout.n)
     balanced_B = balance(outcome_B, slot_B, key_B, config.balance, config.seed, step)
     measured_BT = scored_BT
     if not config.balance.margin_before_balance:
@@ -68,6 +69,21 @@ def assign_advantages(
     return result, stats
 
 
+def _keys(rows: list[_Row], n: int) -> Tensor:
+    """[B] int64 names of the rollouts for the dice of balancing: slot and position among the group's scored ones, so
+    that an unscored rollout changes nothing for the others."""
+    n = max(n, *(row.index + 1 for row in rows))
+    n_scored: dict[int, int] = {}
+    keys = []
+    for row in rows:
+        position = n + row.index
+        if bool(row.scored.any()):
+            position = n_scored.get(row.slot, 0)
+            n_scored[row.slot] = position + 1
+        keys.append(2 * n * row.slot + position)
+    return torch.tensor(keys)
+
+
 def outcome_code(outcome: Outcome | None) -> int:
     """1 correct, 0 incorrect, -1 unknown."""
     return -1 if outcome is None or outcome.correct is None else int(outcome.correct)
@@ -78,7 +94,8 @@ def _row(group: Group, index: int) -> _Row:
     n = len(rollout.response_ids)
     scored = rollout.scored if rollout.scored is not None else torch.zeros(n, dtype=torch.bool)
     teacher_lp = rollout.teacher_logprobs if rollout.teacher_logprobs is not None else torch.zeros(n)
-    advantage = token_advantage(teacher_lp, rollout.student_logprobs, scored)
+    baseline = rollout.student_logprobs if rollout.baseline_logprobs is None else rollout.baseline_logprobs
+    advantage = token_advantage(teacher_lp, baseline, scored)
     return _Row(group.slot, index, advantage, scored, outcome_code(rollout.outcome))
 
 

@@ -10,52 +10,50 @@ import subprocess
 import sys
 import time
 from collections.abc import Container
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from uniopd_mm.config import ModelConfig, TrainConfig, config_diff, dump_config
+from uniopd_mm.config import TrainConfig, config_diff, dump_config
 from uniopd_mm.distributed import World, close_world, init_world
-from uniopd_mm.engines import LocalEngine, encode_groups, encode_prompt
-from uniopd_mm.errors import AlignmentError, ConfigError, DataError, ResumeError, UniOPDError
-from uniopd_mm.evaluation import evaluate, summarise, write_samples
-from uniopd_mm.models import MultimodalLM, load_model
-from uniopd_mm.models.loading import load_processor
-from uniopd_mm.preflight import (
-    Finding,
-    check_context,
-    check_head,
-    check_servers,
-    check_views,
-    check_vocabularies,
-    null_test,
-    require_ok,
-    token_table,
+from uniopd_mm.engines import (
+    Engine,
+    EngineError,
+    LocalEngine,
+    ServerEngine,
+    encode_prompt,
+    require_comparable,
 )
-from uniopd_mm.prompts import PromptOrder, PromptReader, PromptSet, load_prompts, open_images
+from uniopd_mm.errors import AlignmentError, ConfigError, ResumeError, UniOPDError
+from uniopd_mm.evaluation import evaluate, summarise, write_samples
+from uniopd_mm.models import MultimodalLM
+from uniopd_mm.prompts import PromptOrder, PromptReader, PromptSet, load_prompts
 from uniopd_mm.report import Console, RunFolder, Trackers, plot_curves, summarize
 from uniopd_mm.rollout import Group, fill
-from uniopd_mm.teachers import AlignedTeacher, LocalTeacher, RemoteTeacher, TeacherPool, TeacherServer
+from uniopd_mm.teachers.loading import open_teachers
 from uniopd_mm.teachers.pool import route, served_domains
+from uniopd_mm.training.check import check, require_preflight
 from uniopd_mm.training.checkpoint import export_model, list_checkpoints, load_checkpoint, save_checkpoint
 from uniopd_mm.training.credit import assign_advantages
 from uniopd_mm.training.launch import StopRequest
 from uniopd_mm.training.metrics import rollout_metrics
+from uniopd_mm.training.sync import WeightSync, require_match
 from uniopd_mm.training.trainer import Trainer
 from uniopd_mm.verifiers import VerifierPool, verifier_names
 
 log = logging.getLogger(__name__)
 
-FREE_TO_CHANGE = ("out", "steps", "prepare", "eval", "checkpoint", "report")
+PHASES = ("sync", "sample", "verify", "score", "update")
+"""Of a step; evaluation and checkpoints come between steps."""
+
+FREE_TO_CHANGE = ("out", "steps", "prepare", "eval", "checkpoint", "report", "score_cache")
 """Settings that a resumed run may have changed: they do not alter what was computed so far."""
 
-FREE_TO_CHANGE_OF_SERVERS = ("urls", "concurrency", "timeout_s", "retries", "api_key_env")
-"""The same of a teacher's servers: where they are and how fast they are asked."""
-
-GOLD_ANSWERS_CHECKED = 1000
-"""Rows whose gold answers ``--check`` gives to their verifiers."""
+FREE_TO_CHANGE_OF_SERVERS = ("urls", "concurrency", "timeout_s", "retries", "api_key_env", "sync_folder")
+"""The same of servers: where they are and how fast they are asked."""
 
 LAUNCHER_VARIABLES = (
     "RANK",
@@ -75,7 +73,7 @@ class Run:
     def __init__(self, config: TrainConfig, stop: StopRequest, fresh: bool = False) -> None:
         self.config, self.stop, self.fresh = config, stop, fresh
         self.out = Path(config.out)
-        self.step = self._n_bad = 0
+        self.step = self.n_failed = self._n_bad = 0
 
     def __enter__(self) -> Run:
         config = self.config
@@ -104,17 +102,11 @@ class Run:
         self._prepare()
         checkpoint = self._open_folder()
         self._load_data()
-        # Teachers first: under ZeRO-3 everything loaded after the student's configuration would be partitioned.
-        teacher_models = self._load_teachers()
+        self.teachers = open_teachers(config, world, self._exit)
+        self._require_views()
         self.trainer = Trainer(config, world)
         self.student: MultimodalLM = self.trainer.student
-        self.teachers = TeacherPool(
-            config.teachers,
-            {name: self._make_teacher(name, teacher_models[name]) for name in config.teachers},
-            world,
-        )
-        self._require_views()
-        self.engine = LocalEngine(self.student, config.rollout.concurrent_rollouts)
+        self.engine, self.weight_sync = self._open_engine()
         self.verifiers = self._exit.enter_context(VerifierPool(config.verifier))
         self.reader = PromptReader(
             self.train_prompts,
@@ -128,6 +120,7 @@ class Run:
             load_checkpoint(self.trainer, world, checkpoint)
             self.step, self.n_skipped = checkpoint.step, checkpoint.state["skipped"]
         self._start_reporting()
+        self.sync_weights()
 
     def _prepare(self) -> None:
         """Run the recipe's ``prepare`` command on the first rank of each machine; the others wait."""
@@ -191,50 +184,17 @@ class Run:
         if config.data.eval is not None:
             self.eval_prompts = load_prompts(config.data.eval, **options)
 
-    def _load_teachers(self) -> dict[str, MultimodalLM | TeacherServer]:
-        """Weights, or servers that have them; teachers with the same weights share them."""
-        loaded: dict[str, MultimodalLM] = {}
-        result: dict[str, MultimodalLM | TeacherServer] = {**self._connect_servers()}
-        for name, settings in self.config.teachers.items():
-            if settings.server is not None:
-                continue
-            key = settings.model_dump_json(include=set(ModelConfig.model_fields))
-            if key not in loaded:
-                loaded[key] = load_model(settings, self.world.device)
-            result[name] = loaded[key]
-        return result
-
-    def _connect_servers(self) -> dict[str, TeacherServer]:
-        """The servers of all teachers that have some, probed; all ranks stop when one rank finds a problem."""
-        servers, problems = {}, []
-        for name, settings in self.config.teachers.items():
-            if settings.server is None:
-                continue
-            try:
-                server = TeacherServer(name, settings, load_processor(settings))
-                servers[name] = self._exit.enter_context(server)
-                server.connect()
-            except ConfigError as error:
-                problems.append(str(error))
-        problems = list(dict.fromkeys(self.world.gather(problems)))
-        if problems:
-            raise ConfigError(
-                "\n  ".join([f"{len(problems)} problems with the teachers' servers:", *problems])
-            )
-        return servers
-
-    def _make_teacher(self, name: str, source: MultimodalLM | TeacherServer) -> AlignedTeacher:
-        config, student = self.config, self.student.processor
-        if isinstance(source, TeacherServer):
-            return RemoteTeacher(name, config.teachers[name], source, student)
-        return LocalTeacher(
-            name,
-            config.teachers[name],
-            source,
-            student,
-            config.rollout.concurrent_rollouts,
-            config.distributed.micro_tokens,
-        )
+    def _open_engine(self) -> tuple[Engine, WeightSync | None]:
+        """What samples: this process, or servers and what keeps their weights up to date."""
+        config, settings = self.config, self.config.rollout.server
+        if settings is None:
+            return LocalEngine(self.student, config.rollout.concurrent_rollouts), None
+        n_rows = self.student.transformer.get_output_embeddings().out_features
+        engine = self._exit.enter_context(ServerEngine(settings, self.student.processor, n_rows))
+        with self.world.together(ConfigError):
+            engine.connect()
+            require_comparable(engine, config)
+        return engine, WeightSync(engine, self.trainer, self.world, settings, self.out)
 
     def _max_prompt_tokens(self) -> int | None:
         """Positions of the student that a response of full length leaves for the prompt."""
@@ -296,6 +256,33 @@ class Run:
             for d in self.reader.draw(step, mine)
         ]
 
+    def sample(self, groups: list[Group]) -> list[Group]:
+        """Fill the rollouts, and what the student thinks of them; teachers behind servers begin with each group that is
+        done."""
+        config = self.config.rollout
+        self.sync_weights()
+        with self.sampling_weights(), self.world.together(EngineError, ConfigError):
+            groups = self.engine.sample(
+                groups, config.n, config, (self.config.seed, self.step), finished=self.teachers.start
+            )
+            self.n_failed = len(self.engine.failed)
+        with self.trainer.whole_weights():
+            groups = self.trainer.score_student(groups, self.engine.matches_trainer)
+            groups = self.trainer.score_in_modal(groups, self.teachers.in_modal_weight)
+        if config.server is not None and config.server.sync != "never" and self.config.loss.mismatch_cap:
+            require_match(groups, self.world, config.server.max_mismatch)
+        return groups
+
+    def sync_weights(self) -> None:
+        """Give servers that sample the student's weights, if that is due."""
+        if self.weight_sync is not None:
+            with self.console.phase("sync"):
+                self.weight_sync.update()
+
+    def sampling_weights(self) -> AbstractContextManager[None]:
+        """Inside, the engine can sample: whole weights on every rank, where it samples with them."""
+        return self.trainer.whole_weights() if self.engine.matches_trainer else contextlib.nullcontext()
+
     def verify(self, groups: list[Group]) -> list[Group]:
         """Fill every rollout's outcome."""
         return fill(
@@ -315,7 +302,8 @@ class Run:
             len(self.eval_prompts) if settings.limit is None else min(settings.limit, len(self.eval_prompts))
         )
         prompts = [self.eval_prompts[i] for i in range(limit)]
-        with self.console.phase("eval"), self.trainer.whole_weights():
+        self.sync_weights()
+        with self.console.phase("eval"), self.sampling_weights():
             samples = evaluate(
                 self.engine,
                 self.student.processor,
@@ -338,8 +326,8 @@ class Run:
     def log(self, groups: list[Group], margins: dict[str, float], update: dict[str, float]) -> None:
         """One line of metrics, and now and then the rollouts themselves."""
         times = self.console.take_times()
-        seconds = sum(times.get(f"time/{phase}_s", 0.0) for phase in ("sample", "verify", "score", "update"))
-        metrics = rollout_metrics(groups, self.world)
+        seconds = sum(times.get(f"time/{phase}_s", 0.0) for phase in PHASES)
+        metrics = rollout_metrics(groups, self.world, self.n_failed, self.trainer.updates - 1)
         n_tokens = metrics["rollout/length"] * self.config.rollout.prompts_per_step * self.config.rollout.n
         bad_rows = self.world.gather(self.reader.bad_rows[self._n_bad :])
         self._n_bad = len(self.reader.bad_rows)
@@ -410,98 +398,26 @@ class Run:
     # ------------------------------------------------------------------ looking before training
 
     def check(self, command: list[str]) -> int:
-        """``--check``: settings, data, templates, alignment and the null test on real prompts; no training."""
-        config, console = self.config, self.console
-        console.check("settings", f"{len(config.teachers)} teachers, student {config.student.model}", True)
-        for name, prompts in (("data train", self.train_prompts), ("data eval", self.eval_prompts)):
-            if prompts is not None:
-                domains = ", ".join(f"{d} {n}" for d, n in sorted(prompts.domains().items()))
-                text = f"{len(prompts)} prompts ({domains}), {len(prompts.bad_rows)} bad rows"
-                console.check(name, text, True)
-                for row in prompts.bad_rows[:5]:
-                    console.note(f"  {row.source}: {row.reason}")
-        groups = self.preflight_groups()
-        findings = [self._check_gold_answers(), *self.preflight(groups)]
-        for finding in findings:
-            console.check(finding.name, finding.text, finding.ok)
-        self._print_token_tables(groups)
-        if self.world.is_main:  # in one line, to be copied
-            print(
-                f"train with: deepspeed {shlex.join(word for word in command if not word.startswith('--'))}"
-            )
-        return 1 if any(f.ok is False for f in findings) else 0
-
-    def _check_gold_answers(self) -> Finding:
-        """Gold answers that their verifiers can use; the rest would give unknown outcomes for ever."""
-        some = self.train_prompts[:GOLD_ANSWERS_CHECKED]
-        whys = zip(some, self.verifiers.check_golds(some), strict=True)
-        unusable = [f"{prompt.source}: {why}" for prompt, why in whys if why]
-        text = f"{len(some) - len(unusable)} of the first {len(some)} can be verified"
-        is_ok = len(unusable) <= self.config.data.max_bad_share * len(some)
-        return Finding("gold answers", "; ".join([text, *unusable[:5]]), is_ok)
+        """``--check``: everything that can be looked at without training.  Exit status."""
+        return check(self, command)
 
     def require_preflight(self) -> None:
-        """The same checks at the start of a run; it does not start when one fails."""
-        findings = self.preflight(self.preflight_groups())
-        for finding in findings:
-            self.console.check(finding.name, finding.text, finding.ok)
-        require_ok(findings)
-
-    def preflight_groups(self) -> list[Group]:
-        """Two rollouts each of the first prompts of every domain and number of images, sampled by the student."""
-        chosen: dict[tuple[str, int], list[Group]] = {}
-        for index in range(min(len(self.train_prompts), 256)):
-            prompt = self.train_prompts[index]
-            found = chosen.setdefault((prompt.domain, len(prompt.images)), [])
-            if len(found) < 2:
-                slot = sum(map(len, chosen.values()))
-                with contextlib.suppress(DataError):  # skipped and counted when its turn comes
-                    found += encode_groups([(slot, prompt, open_images(prompt))], self.student.processor)
-        groups = [g for found in chosen.values() for g in found]
-        short = self.config.rollout.model_copy(
-            update={"max_new_tokens": min(64, self.config.rollout.max_new_tokens)}
-        )
-        with self.trainer.whole_weights():
-            groups = self.engine.sample(groups, 2, short, (self.config.seed, 0))
-            return self.trainer.score_student(groups, sampler_matches=False)
-
-    def preflight(self, groups: list[Group]) -> list[Finding]:
-        """All checks on ``groups``; every rank makes the same ones."""
-        config = self.config
-        with self.trainer.whole_weights():
-            findings = [
-                check_head(self.student, groups),
-                check_context(self.student, groups, config.rollout.max_new_tokens),
-                *check_servers(self.teachers),
-                *check_vocabularies(self.teachers),
-                *check_views(self.teachers, groups),
-            ]
-            for name, teacher in self.teachers.teachers.items():
-                if not isinstance(teacher, AlignedTeacher):
-                    continue
-                served = [g for g in groups if route(config.teachers, g.prompt.domain) == name]
-                findings.append(null_test(self.student, teacher, served, config))
-        return findings
-
-    def _print_token_tables(self, groups: list[Group]) -> None:
-        for group in {g.prompt.domain: g for g in self.teachers.score(groups)}.values():
-            rollout = group.rollouts[0]
-            self.console.note(f"{group.prompt.id} ({group.prompt.domain}), scored by {rollout.teacher}:")
-            for row in token_table(group, self.student):
-                teacher = "   masked" if row["teacher_lp"] is None else f"{row['teacher_lp']:9.3f}"
-                self.console.note(
-                    f"  {row['token']!r:>16} {row['id']:>7} student {row['student_lp']:8.3f} teacher {teacher}"
-                )
+        """The cheap checks at the start of a run; it does not start when one fails."""
+        require_preflight(self)
 
 
 def _without(settings: dict[str, Any], free: Container[str]) -> dict[str, Any]:
     """Settings of a run without those that may change when it is resumed."""
     kept = {k: v for k, v in settings.items() if k not in free}
-    for name, teacher in kept["teachers"].items():
-        if teacher.get("server"):
-            server = {k: v for k, v in teacher["server"].items() if k not in FREE_TO_CHANGE_OF_SERVERS}
-            kept = {**kept, "teachers": {**kept["teachers"], name: {**teacher, "server": server}}}
-    return kept
+    kept["teachers"] = {name: _without_places(teacher) for name, teacher in kept["teachers"].items()}
+    return {**kept, "rollout": _without_places(kept["rollout"])}
+
+
+def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    if not settings.get("server"):
+        return settings
+    server = {k: v for k, v in settings["server"].items() if k not in FREE_TO_CHANGE_OF_SERVERS}
+    return {**settings, "server": server}
 
 
 def device_name(world: World) -> str:

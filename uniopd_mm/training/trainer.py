@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from uniopd_mm.alignment import teacher_messages
 from uniopd_mm.config import OptimConfig, TrainConfig
 from uniopd_mm.distributed import World
 from uniopd_mm.errors import ConfigError
@@ -28,6 +29,9 @@ from uniopd_mm.models import (
     stage_parameters,
 )
 from uniopd_mm.rollout import Group, Prompt, Rollout, fill
+
+if TYPE_CHECKING:
+    from uniopd_mm.processors import EncodedPrompt
 
 
 class Trainer:
@@ -103,21 +107,44 @@ class Trainer:
         """Fill ``student_logprobs``, by a forward pass where that is needed.  Call inside :meth:`whole_weights`."""
         if not self.needs_forward(sampler_matches):
             return fill(groups, "student_logprobs", [r.sampler_logprobs for g in groups for r in g.rollouts])
-        result = []
-        for batch in split_groups(groups, self.config.rollout.concurrent_rollouts):
-            flat = [(i, r.response_ids) for i, g in enumerate(batch) for r in g.rollouts]
-            rows, responses = [i for i, _ in flat], [ids for _, ids in flat]
-            encoded = [g.encoded for g in batch]
-            values = response_logprobs(
-                self.student,
-                encoded,
-                rows,
-                responses,
-                self.config.loss.score_temperature,
-                self.config.distributed.micro_tokens,
-            )
-            result += fill(batch, "student_logprobs", values)
+        return fill(groups, "student_logprobs", self._logprobs(groups, [g.encoded for g in groups]))
+
+    @torch.no_grad()
+    def score_in_modal(self, groups: list[Group], weight_of: Callable[[Prompt], float]) -> list[Group]:
+        """Fill ``baseline_logprobs`` of prompts with a weight: that share of it is the student that reads the images as
+        text (X-OPD, arXiv 2603.24596).  Call inside :meth:`whole_weights`, after :meth:`score_student`."""
+        weights = {i: weight for i, g in enumerate(groups) if (weight := weight_of(g.prompt)) > 0}
+        chosen = [groups[i] for i in weights]
+        views = [teacher_messages(g.prompt, "text", sees_images=True)[0] for g in chosen]
+        encoded = [self.student.processor.encode(list(messages), ()) for messages in views]
+        reading = iter(self._logprobs(chosen, encoded))
+        result = list(groups)
+        for i, weight in weights.items():
+            mixed = [
+                torch.lerp(r.student_logprobs, next(reading), weight)
+                for r in groups[i].rollouts
+                if r.student_logprobs is not None
+            ]
+            (result[i],) = fill([groups[i]], "baseline_logprobs", mixed)
         return result
+
+    def _logprobs(self, groups: list[Group], encoded: list[EncodedPrompt]) -> list[Tensor]:
+        """[T] of every rollout in order, given its group's prompt."""
+        values: list[Tensor] = []
+        prompts = iter(encoded)
+        for batch in split_groups(groups, self.config.rollout.concurrent_rollouts):
+            asked = [(next(prompts), g) for g in batch]
+            asked = [(prompt, g) for prompt, g in asked if g.rollouts]
+            if asked:
+                values += response_logprobs(
+                    self.student,
+                    [prompt for prompt, _ in asked],
+                    [row for row, (_, g) in enumerate(asked) for _ in g.rollouts],
+                    [r.response_ids for _, g in asked for r in g.rollouts],
+                    self.config.loss.score_temperature,
+                    self.config.distributed.micro_tokens,
+                )
+        return values
 
     # ------------------------------------------------------------------ update
 
