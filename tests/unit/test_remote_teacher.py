@@ -144,7 +144,7 @@ def test_the_served_name_is_found_or_asked_for(make: Callable) -> None:
     with StubServer("vllm", score, model="a") as a, StubServer("vllm", score, model="b") as b:
         teacher = make(a)
         teacher.server.connect()
-        assert teacher.server.model == "a" and "serves a; a known text" in teacher.server.report
+        assert teacher.server.model == "a" and "serves a; " in teacher.server.report
         with pytest.raises(ConfigError, match=r"serves a, not 'c'. Type teachers.far.server.model=a"):
             make(a, model="c").server.connect()
         with pytest.raises(ConfigError, match=r"several models.*Type teachers.far.server.model="):
@@ -153,6 +153,21 @@ def test_the_served_name_is_found_or_asked_for(make: Callable) -> None:
             make(a, b, model="a").server.connect()
     with pytest.raises(ConfigError, match=r"teachers.far.server: GET http.*cannot connect"):
         make(a, model="a").server.connect()
+
+
+def test_vllm_scores_the_response_alone_where_all_servers_can(processor, make: Callable) -> None:
+    """Asked for with prompt_logprob_token_ids; a server without the V2 model runner answers 400 to that."""
+    old = Faults(kinds=("v2_runner_off",))
+    for faults, n_sparse in ((None, 4), (old, 0)):
+        with StubServer("vllm", score) as new, StubServer("vllm", score, faults=faults) as other:
+            teacher = make(new, other)
+            teacher.server.connect()
+            n_before = len(new.requests), len(other.requests)
+            scored = teacher.score(groups_of(processor, 1))
+            asked = [*new.requests[n_before[0] :], *other.requests[n_before[1] :]]
+        assert sum("prompt_logprob_token_ids" in r.payload["sampling_params"] for r in asked) == n_sparse
+        assert len(asked) == 4 and all(r.scored.all() for r in scored[0].rollouts)
+        assert ("scores the response alone" in teacher.server.report) == bool(n_sparse)
 
 
 def test_the_model_that_sglang_serves_is_checked_too(make: Callable) -> None:

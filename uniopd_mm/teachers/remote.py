@@ -16,11 +16,20 @@ from torch import Tensor
 from uniopd_mm.config import ServerConfig, TeacherConfig
 from uniopd_mm.errors import AlignmentError, ConfigError
 from uniopd_mm.rollout import Group, Message, Prompt
-from uniopd_mm.servers import WIRES, ReplyError, ScoreRequest, ServerError, ServerPool, png_uri
+from uniopd_mm.servers import (
+    WIRES,
+    ReplyError,
+    ScoreRequest,
+    ServerError,
+    ServerPool,
+    VllmGenerate,
+    Wire,
+    png_uri,
+)
 from uniopd_mm.servers.serving import find_model, make_pool
 from uniopd_mm.teachers.base import AlignedTeacher, Work
 from uniopd_mm.teachers.cache import ScoreCache
-from uniopd_mm.teachers.probe import Ask, fingerprint, probe_images, probe_text
+from uniopd_mm.teachers.probe import Ask, fingerprint, probe_images, probe_text, probe_tokens
 
 if TYPE_CHECKING:
     from uniopd_mm.processors import VLMProcessor
@@ -49,7 +58,7 @@ class TeacherServer:
             )
         self.name, self.settings, self.processor = name, settings, processor
         self.server: ServerConfig = settings.server
-        self.wire = WIRES[self.server.kind]()
+        self.wire: Wire = WIRES[self.server.kind]()
         self.takes_images = self.server.kind in WITH_IMAGES
         self.model = self.server.model or ""
         self.report = "not probed"
@@ -70,16 +79,30 @@ class TeacherServer:
         """Ask every URL which model it serves and probe that it scores what it is asked; :class:`ConfigError`."""
         kind, urls = self.server.kind, self.server.urls
         self.model = find_model(self._where, self.server, self.pool)
-        found = ""
+        found, report, sparse = "", "", VllmGenerate(sparse=True)
+        if kind == "vllm" and all(self._understands(sparse, url) for url in urls):
+            self.wire = sparse
+            found = "scores the response alone, "
         for url in urls:
             with closing(make_pool(self._where, self.server, [url])) as pool:
                 try:
-                    found = self._probe(pool)
+                    report = self._probe(pool)
                 except ConfigError as error:
                     raise ConfigError(
                         f"{self._where}: {url} ({kind}): {str(error).rstrip('.')}.\n  {self._advice()}"
                     ) from error
-        self.report = f"{kind} at {', '.join(urls)} serves {self.model}; {found}"
+        self.report = f"{kind} at {', '.join(urls)} serves {self.model}; {found}{report}"
+
+    def _understands(self, wire: Wire, url: str) -> bool:
+        """Whether a server answers a request in this form."""
+        head = self.processor.encode([{"role": "user", "content": "Continue:"}]).input_ids.tolist()
+        asked = ScoreRequest(head, head, probe_tokens(self.processor))
+        try:
+            with closing(make_pool(self._where, self.server, [url])) as pool:
+                wire.parse(pool.post(*wire.request(asked, self.model)), asked)
+        except ServerError:
+            return False
+        return True
 
     def submit(self, asked: ScoreRequest, pool: ServerPool | None = None) -> Pending:
         """Send a request, in a thread of the pool."""
