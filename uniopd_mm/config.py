@@ -216,6 +216,32 @@ class RolloutConfig(SamplingConfig):
     log-probabilities are not the same numbers (bfloat16, temperature different from loss.score_temperature)."""
 
 
+class JudgeConfig(Settings):
+    url: str
+    """OpenAI-compatible server of the judge, e.g. http://localhost:8000 (without /v1)."""
+    model: str | None = None
+    """Name under which the judge is served; null = the only one that the server has."""
+    api_key_env: str | None = None
+    """Environment variable that holds the API key; null = none is sent."""
+    concurrency: int = Field(default=16, gt=0)
+    """Requests under way."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """A request that takes longer has failed; an answer that cannot be judged is unknown."""
+    retries: int = Field(default=2, ge=0)
+    """Further attempts after a failed one."""
+
+
+class SandboxConfig(Settings):
+    allow_unsafe: bool = False
+    """Run programs also where the machine offers less than process, network and file isolation (level 2)."""
+    memory_mb: int = Field(default=1024, gt=0)
+    """Address space of a program, MiB."""
+    time_limit_s: float = Field(default=10.0, gt=0)
+    """Longest time for one test, where the row names none."""
+    total_limit_s: float = Field(default=60.0, gt=0)
+    """Longest time for all tests of one program."""
+
+
 class VerifierConfig(Settings):
     default: str = "math"
     """Verifier of rows and domains that name none; `name:profile` picks a scoring profile, e.g. chart:upstream."""
@@ -225,6 +251,10 @@ class VerifierConfig(Settings):
     """Worker processes per rank for verifiers that may hang (math)."""
     timeout_s: float = Field(default=3.0, gt=0)
     """A check that takes longer is killed and its outcome is unknown."""
+    judge: JudgeConfig | None = None
+    """Language model that judges what rules cannot; null = none, and verifier: judge is refused."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """Where verifier: code runs programs."""
     max_unknown_share: float = Field(default=0.5, ge=0, le=1)
     """Share of outcomes in one step that may be unknown before the run stops."""
 
