@@ -21,7 +21,7 @@ from uniopd_mm.errors import ConfigError
 from uniopd_mm.models import MultimodalLM
 from uniopd_mm.rollout import Group
 from uniopd_mm.teachers import LocalTeacher
-from uniopd_mm.teachers.cache import ScoreCache, describe_teacher, question_key
+from uniopd_mm.teachers.cache import ScoreCache, describe_teacher, question_keys
 from uniopd_mm.teachers.loading import open_teachers
 from uniopd_mm.testing import Faults, StubServer
 
@@ -112,9 +112,10 @@ def test_the_key_keeps_prompt_and_response_apart(model: MultimodalLM) -> None:
     (group,) = rooms.make_groups(model, (0,))
     ids = group.encoded.input_ids
     shorter = replace(group.encoded, input_ids=ids[:-1])
-    one = question_key(group.encoded, (), torch.tensor([5, 6]), 1.0)
-    assert one != question_key(shorter, (), torch.cat([ids[-1:], torch.tensor([5, 6])]), 1.0)
-    assert one != question_key(group.encoded, (), torch.tensor([6, 5]), 1.0)
+    response, turned = torch.tensor([5, 6]), torch.tensor([6, 5])
+    one, other = question_keys(group.encoded, (), [response, turned], 1.0)
+    (moved,) = question_keys(shorter, (), [torch.cat([ids[-1:], response])], 1.0)
+    assert len({one, other, moved}) == 3
 
 
 def test_a_teacher_is_known_by_the_content_of_its_files(tiny_models: dict[str, Path], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ T = student tokens, U = teacher tokens of a response; log-probabilities in nats.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from uniopd_mm.alignment import AlignedResponse, Aligner, teacher_messages, text
 from uniopd_mm.config import TeacherConfig
 from uniopd_mm.errors import ConfigError, UniOPDError
 from uniopd_mm.rollout import Group, Message, Prompt, Rollout
-from uniopd_mm.teachers.cache import ScoreCache, question_key
+from uniopd_mm.teachers.cache import ScoreCache, question_keys
 
 if TYPE_CHECKING:
     from uniopd_mm.processors import EncodedPrompt, VLMProcessor
@@ -66,8 +66,8 @@ class Work:
     """For each rollout its [U] log-probabilities, or the reason why there are none; None = still to be asked for."""
     encoded: EncodedPrompt | None = None
     """The prompt as this teacher sees it; None when there is nothing to score."""
-    keys: dict[int, bytes] | None = None
-    """Where the answers that were not in the score cache go; None = there is no cache."""
+    keys: dict[int, bytes] = field(default_factory=dict)
+    """Under which the score cache, if there is one, will file the answers that it did not know."""
 
     def missing(self) -> list[int]:
         """Rollouts still to be asked for."""
@@ -131,20 +131,24 @@ class AlignedTeacher:
             return work
         work.encoded = self.encode(group)
         if self.cache is not None:
-            images = group.images if work.encoded.image_spans else ()
-            work.keys = {
-                i: question_key(work.encoded, images, aligned[i].teacher_ids, temperature)
-                for i in work.missing()
-            }
-            for i, key in list(work.keys.items()):
-                work.answers[i] = self.cache.get(key, len(aligned[i].teacher_ids))
-                if work.answers[i] is not None:
-                    del work.keys[i]
+            self._look_up(work, self.cache, temperature)
         return work
+
+    def _look_up(self, work: Work, cache: ScoreCache, temperature: float) -> None:
+        missing = work.missing()
+        asked = [work.aligned[i].teacher_ids for i in missing]
+        assert work.encoded is not None
+        images = work.group.images if work.encoded.image_spans else ()
+        for i, key, ids in zip(
+            missing, question_keys(work.encoded, images, asked, temperature), asked, strict=True
+        ):
+            work.answers[i] = cache.get(key, len(ids))
+            if work.answers[i] is None:
+                work.keys[i] = key
 
     def finish(self, work: Work) -> Group:
         """The group scored with the answers, which the score cache keeps."""
-        if self.cache is not None and work.keys:
+        if self.cache is not None:
             answered = ((key, work.answers[i]) for i, key in work.keys.items())
             self.cache.put((key, answer) for key, answer in answered if isinstance(answer, Tensor))
         rows = zip(work.group.rollouts, work.aligned, work.answers, strict=True)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,16 +76,21 @@ class ScoreCache:
                 self._own.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
 
 
-def question_key(
-    encoded: EncodedPrompt, images: Iterable[Image], response_ids: Tensor, temperature: float
-) -> bytes:
-    """What is asked of a teacher, as 32 bytes."""
-    digest = hashlib.sha256(f"{temperature!r};".encode())
-    for ids in (encoded.input_ids, response_ids):
-        digest.update(f"{len(ids)};".encode() + ids.numpy().astype("<i8").tobytes())
+def question_keys(
+    encoded: EncodedPrompt, images: Iterable[Image], responses: Iterable[Tensor], temperature: float
+) -> Iterator[bytes]:
+    """What is asked of a teacher about each response to a prompt, as 32 bytes."""
+    prompt = hashlib.sha256(f"{temperature!r};".encode() + _id_bytes(encoded.input_ids))
     for image in images:
-        digest.update(f"{image.size};".encode() + image.convert("RGB").tobytes())
-    return digest.digest()
+        prompt.update(f"{image.size};".encode() + image.convert("RGB").tobytes())
+    for response_ids in responses:
+        digest = prompt.copy()
+        digest.update(_id_bytes(response_ids))
+        yield digest.digest()
+
+
+def _id_bytes(ids: Tensor) -> bytes:
+    return f"{len(ids)};".encode() + ids.numpy().astype("<i8").tobytes()
 
 
 def describe_teacher(
