@@ -16,8 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without installation
 
-from uniopd_mm.config import TrainConfig, describe, load_config
+from uniopd_mm.config import TrainConfig
 from uniopd_mm.errors import UniOPDError
+from uniopd_mm.settings import describe, load_config
 from uniopd_mm.training.launch import StopRequest, error_message, prepare_environment
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.servers
 
 COMPARED = {"train/gap", "train/loss", "train/grad_norm", "rollout/length"}
-"""About equal: the server resizes pictures with torchvision, this process with Pillow."""
+"""Equal but for the rounding of two implementations, which a few updates make larger."""
 
 
 def test_a_run_with_its_teachers_behind_servers_is_the_run_with_them_in_process(
@@ -52,7 +52,7 @@ def test_a_run_with_its_teachers_behind_servers_is_the_run_with_them_in_process(
         for ours, wanted in zip(remote, local, strict=True):
             assert not any(key.startswith("unscored/") for key in ours)
             for key in COMPARED & wanted.keys():
-                assert ours[key] == pytest.approx(wanted[key], rel=2e-2, abs=5e-3), key
+                assert ours[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-4), key
 
 
 @pytest.fixture

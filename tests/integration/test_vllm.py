@@ -162,6 +162,8 @@ def test_a_remote_text_teacher_fills_groups_as_a_local_one(vllm_text: Served, ki
     _remote_and_local_agree(vllm_text, kind, [rooms.make_prompt(0, seed) for seed in range(3)])
 
 
-def test_a_remote_teacher_that_sees_fills_groups_as_a_local_one(vllm_image: Served) -> None:
-    prompts = [_picture_prompt(sizes, seed) for seed, sizes in enumerate((ON_THE_GRID, (), ON_THE_GRID[1:]))]
+@pytest.mark.parametrize("grid", [ON_THE_GRID, ((100, 60), (131, 97))], ids=["on the grid", "off the grid"])
+def test_a_remote_teacher_that_sees_fills_groups_as_a_local_one(vllm_image: Served, grid: Any) -> None:
+    """Pictures of any size: they are sent in the size that the model sees, so that the server need not resize them."""
+    prompts = [_picture_prompt(sizes, seed) for seed, sizes in enumerate((grid, (), grid[1:]))]
     _remote_and_local_agree(vllm_image, "vllm", prompts)

@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from uniopd_mm.config import TrainConfig, load_config  # noqa: E402
+from uniopd_mm.config import TrainConfig  # noqa: E402
+from uniopd_mm.settings import load_config  # noqa: E402
 from uniopd_mm.training.launch import StopRequest, prepare_environment  # noqa: E402
 
 

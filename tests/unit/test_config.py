@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from uniopd_mm.config import TrainConfig, config_diff, describe, dump_config, load_config
+from uniopd_mm.config import TrainConfig
 from uniopd_mm.errors import ConfigError
+from uniopd_mm.settings import config_diff, describe, dump_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from uniopd_mm.config import SourceConfig, load_config
+from uniopd_mm.config import SourceConfig
 from uniopd_mm.errors import ConfigError, DataError
 from uniopd_mm.prompts import MixtureConfig, load_prompts, open_images
 from uniopd_mm.prompts.parse import FIELDS, check_source, parse_row
 from uniopd_mm.prompts.rows import ArrowRows, RowError
 from uniopd_mm.rollout import Prompt
+from uniopd_mm.settings import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

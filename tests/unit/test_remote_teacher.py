@@ -11,11 +11,12 @@ import pytest
 import torch
 from rooms import make_prompt
 
-from uniopd_mm.config import TeacherConfig, TrainConfig, load_config
+from uniopd_mm.config import TeacherConfig, TrainConfig
 from uniopd_mm.distributed import World
 from uniopd_mm.errors import AlignmentError, ConfigError, ResumeError
 from uniopd_mm.processors import get_processor
 from uniopd_mm.rollout import Group, Rollout
+from uniopd_mm.settings import load_config
 from uniopd_mm.teachers import RemoteTeacher, TeacherError, TeacherPool, TeacherServer
 from uniopd_mm.testing import Faults, StubServer
 from uniopd_mm.training.metrics import rollout_metrics

@@ -12,11 +12,12 @@ from typing import Any, overload
 
 from pydantic import Field
 
-from uniopd_mm.config import Settings, SourceConfig, load_config
+from uniopd_mm.config import SourceConfig
 from uniopd_mm.errors import ConfigError, DataError
 from uniopd_mm.prompts.parse import Known, check_prompt, check_source, parse_row
 from uniopd_mm.prompts.rows import RowError, Rows, open_rows, row_range
 from uniopd_mm.rollout import Prompt
+from uniopd_mm.settings import Settings, load_config
 
 LISTED = 20
 """Bad rows written out in an error."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from uniopd_mm.config import TrainConfig, config_diff, dump_config
+from uniopd_mm.config import TrainConfig
 from uniopd_mm.distributed import World, close_world, init_world
 from uniopd_mm.engines import (
     Engine,
@@ -33,6 +33,7 @@ from uniopd_mm.models import MultimodalLM
 from uniopd_mm.prompts import PromptOrder, PromptReader, PromptSet, load_prompts
 from uniopd_mm.report import Console, RunFolder, Trackers, plot_curves, summarize
 from uniopd_mm.rollout import Group, fill
+from uniopd_mm.settings import config_diff, dump_config
 from uniopd_mm.teachers.loading import open_teachers
 from uniopd_mm.teachers.pool import route, served_domains
 from uniopd_mm.training.check import check, require_preflight
