@@ -108,7 +108,7 @@ def test_a_served_teacher_scores_as_the_local_one(
     served = Served(local, groups)
     with stub_of(kind, served) as stub:
         found = score_remotely(stub, local, student, groups)
-    assert len(stub.requests) == sum(len(a.teacher_ids) > 0 for g in groups for a in local.align(g))
+    assert len(stub.requests) == sum(len(a.teacher_ids) > 0 for g in groups for a in local.begin(g).aligned)
     for one, other in zip(rollouts_of(expected), rollouts_of(found), strict=True):
         assert torch.equal(one.scored, other.scored) and one.scored.any()
         assert torch.allclose(one.teacher_logprobs, other.teacher_logprobs, atol=1e-5)
@@ -219,7 +219,7 @@ def test_values_shifted_by_one_do_not_pass_the_probe(shift, message: str, tmp_pa
     [
         ("values_shifted", "early by one"),
         ("null_scores", "no usable answer: reply: "),
-        ("wrong_expansion", "after an image of 64 x 48 pixels, no usable answer: reply: "),
+        ("wrong_expansion", "after an image of 64 x 48 pixels, no usable answer: "),
         ("images_ignored", "after an image of 64 x 48 pixels"),
         ("scale_out_off", "--enable-scale-out"),
     ],
