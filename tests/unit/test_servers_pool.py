@@ -385,8 +385,9 @@ def test_what_is_no_url_is_an_error_before_anything_is_sent(urls):
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from uniopd_mm.servers import ServerPool
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may be born deaf to it
 pool = ServerPool([sys.argv[1]], backoff_s=60)
 future = pool.submit("/slow", {})
 try:
