@@ -88,6 +88,7 @@ setup(
     include_package_data=False,
     install_requires=INSTALL,
     extras_require=EXTRAS,
+    entry_points={"lmms_eval.models": ["uniopd_mm = uniopd_mm.evaluation.lmms_eval:manifest"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",

@@ -1,163 +1,492 @@
 #!/usr/bin/env python
-"""Answer held-out prompts with a model and score the answers.
+"""Evaluate a model on the paper's sixteen benchmarks, or on rows of one's own.
 
-    python eval/run.py --model FOLDER --data rows.jsonl                any file in the row form of data/README.md
-    python eval/run.py --model runs/quickstart/model --tasks quickstart
-    deepspeed eval/run.py --model FOLDER --data rows.jsonl             the devices of the machine share the prompts
+  python eval/run.py --model Qwen/Qwen3-VL-4B-Instruct --tasks chartqa,docvqa,aime25
+  python eval/run.py --model runs/quickstart/model --tasks quickstart --dtype float32     offline, in a minute
+  python eval/run.py --model FOLDER --tasks all --preset quick                            a first look at everything
+  python eval/run.py --model FOLDER --tasks image_math --source DOWNLOADED                files instead of the hub
+  python eval/run.py --model FOLDER --data rows.jsonl                                     rows as in data/README.md
+  deepspeed eval/run.py --model FOLDER --tasks all                                        all GPUs of the machine
+  python eval/run.py --model FOLDER --tasks code --server http://localhost:8000           weights behind vLLM
+  python eval/run.py --score-only runs/eval/NAME --profile upstream                       score again, without a model
+  python eval/run.py --compare runs/eval/BEFORE runs/eval/AFTER                           paired comparison
+  python eval/run.py --list                                                               what can be evaluated
 
-Prints a table and writes samples.jsonl and results.json to --out.
+The same command goes on where it was stopped.  Answers are kept with all settings that shape them and are never mixed
+with others.  Written to --out: results.json, and per benchmark samples.jsonl, scores.jsonl and samples.html.
+eval/README.md explains benchmarks, profiles and numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a checkout works without installation
+sys.path.insert(
+    1, str(ROOT)
+)  # a checkout works without installation; `benchmarks` is the folder beside this file
 
-from uniopd_mm.config import ModelConfig, SamplingConfig, VerifierConfig
+from uniopd_mm.config import JudgeConfig, ModelConfig, RolloutServerConfig, SandboxConfig, VerifierConfig
 from uniopd_mm.errors import ConfigError, UniOPDError
 from uniopd_mm.training.launch import error_message, prepare_environment
 
-TASKS = {"quickstart": "runs/quickstart-cache/eval.jsonl"}
-"""Name -> rows; the quickstart's are written by its first run."""
+if TYPE_CHECKING:
+    from uniopd_mm.distributed import World
+    from uniopd_mm.evaluation.session import Answerer, Request
+
+SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
 
 
 def main() -> int:
     args = parse_args()
-    prepare_environment()
-    import torch
+    if args.list:
+        return list_benchmarks()
+    if args.compare:
+        return compare(args)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if args.local_rank is not None:
+        prepare_environment()
 
-    from uniopd_mm.distributed import World, close_world, init_world
-    from uniopd_mm.engines import LocalEngine
-    from uniopd_mm.evaluation import evaluate, summarise, write_samples
-    from uniopd_mm.models import load_model
-    from uniopd_mm.prompts import load_prompts
-    from uniopd_mm.verifiers import VerifierPool, verifier_names
+    from uniopd_mm.distributed import close_world
+    from uniopd_mm.evaluation.samples import read_samples
+    from uniopd_mm.evaluation.session import score_task, write_found
+    from uniopd_mm.verifiers import VerifierPool
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = init_world(1800.0) if args.local_rank is not None else World(0, 1, 0, device)
-    model = load_model(
-        ModelConfig(
-            model=args.model, dtype=args.dtype, min_pixels=args.min_pixels, max_pixels=args.max_pixels
-        ),
-        world.device,
-    )
-    sampling = SamplingConfig(
-        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_new_tokens=args.max_new_tokens
-    )
-    results = {}
-    with VerifierPool(VerifierConfig(default=args.verifier)) as verifiers:
-        for name, path in sources(args).items():
-            prompts = load_prompts(str(path), verifiers=verifier_names())
-            chosen = [prompts[i] for i in range(min(args.limit or len(prompts), len(prompts)))]
-            samples = evaluate(
-                LocalEngine(model, args.batch * args.n),
-                model.processor,
-                chosen,
-                verifiers,
-                sampling,
-                world,
-                n=args.n,
-                batch=args.batch,
-                seed=args.seed,
-                progress=progress_line(name) if world.is_main else None,
-            )
-            results[name] = summarise(samples)
+    requests = plan_scoring(args) if args.score_only else plan(args)
+    world = start_world(args)
+    results: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        verifiers = stack.enter_context(VerifierPool(verifier_config(args, requests, world)))
+        answerer = None if args.score_only else stack.enter_context(make_answerer(args, world))
+        say(world, f"{answerer.report if answerer else 'scoring alone'}   out {out_folder(args)}")
+        for request in requests:
+            task = request.load()
+            say(world, "\n".join(describe(task, request)))
+            if answerer is None:
+                assert request.saved is not None
+                sampled, samples = saved_settings(request), read_samples(request.saved)
+            else:
+                sampled, samples = answerer.answer(task, request)
+            scored = score_task(task, samples, verifiers, world)
             if world.is_main:
-                write_samples(Path(args.out) / name / "samples.jsonl", samples)
+                settings = {"sampled": sampled, "run": request.described()}
+                about = [f"model {(sampled.get('model') or {}).get('path', '?')}", *describe(task, request)]
+                results[task.name] = write_found(task, request, settings, scored, verifiers, about)
     if world.is_main:
-        settings = {k: v for k, v in vars(args).items() if k != "local_rank"}
-        text = json.dumps({"settings": settings, "results": results}, indent=2)
-        (Path(args.out) / "results.json").write_text(text + "\n", encoding="utf-8")
-        print_table(results)
-        print(f"samples and results in {args.out}")
+        finish(args, results)
     close_world()
     return 0
 
 
-def sources(args: argparse.Namespace) -> dict[str, Path]:
-    """Name -> data file of everything to evaluate."""
-    chosen = {Path(path).stem: Path(path) for path in args.data}
-    for task in filter(None, args.tasks.split(",")):
-        if task not in TASKS:
-            raise ConfigError(f"unknown task '{task}'; known: {', '.join(TASKS)}. Own rows: --data FILE")
-        chosen[task] = ROOT / TASKS[task]
-        if not chosen[task].exists():
-            raise ConfigError(f"{chosen[task]} is not there yet; make it with: make quickstart")
-    if not chosen:
-        raise ConfigError(f"nothing to evaluate: give --tasks ({', '.join(TASKS)}) or --data FILE")
-    return chosen
+def plan(args: argparse.Namespace) -> list[Request]:
+    """What --tasks and --data ask for, each with its settings; a first row of every benchmark is read."""
+    from tasks import get_benchmark, task_names
 
+    from uniopd_mm.evaluation.benchmark import Preset
+    from uniopd_mm.evaluation.session import Request
+    from uniopd_mm.evaluation.tasks import changed_preset, choose_preset
 
-def progress_line(name: str):
-    """Prints (done, total) with the time left, on one line on a terminal."""
-    import time
-
-    started = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        left = (time.monotonic() - started) / done * (total - done)
-        end = "\r" if sys.stderr.isatty() and done < total else "\n"
-        print(f"{name}: {done}/{total} prompts, {left:.0f} s left  ", end=end, file=sys.stderr, flush=True)
-
-    return show
-
-
-def print_table(results: dict[str, dict[str, float]]) -> None:
-    print(f"{'':24}{'accuracy':>10}{'n':>8}{'unknown':>10}{'no answer':>11}{'truncated':>11}{'tokens':>8}")
-    for name, metrics in results.items():
-        row = [
-            metrics.get(f"eval/{key}", float("nan"))
-            for key in ("unknown_share", "unparsed_share", "truncated_share")
-        ]
-        accuracy = metrics.get("eval/accuracy", float("nan"))
-        shares = "".join(
-            f"{100 * share:>{width - 2}.1f} %" for share, width in zip(row, (10, 11, 11), strict=True)
+    changes = {name: getattr(args, name) for name in ("n", "limit", *SAMPLING)}
+    out, requests = out_folder(args), []
+    for name in task_names(args.tasks):
+        benchmark = get_benchmark(name)
+        preset = choose_preset(benchmark, args.preset, changes)
+        requests.append(
+            Request(
+                name=name,
+                preset=preset,
+                folder=out / name,
+                benchmark=benchmark,
+                preset_name=args.preset,
+                profile=args.profile,
+                source=args.source,
+                split=args.split,
+            )
         )
-        print(
-            f"{name:24}{100 * accuracy:8.1f} %{metrics['eval/n']:8.0f}{shares}{metrics['eval/length']:8.1f}"
+    for path in args.data:
+        preset = changed_preset(Preset(default_sampling()), changes)
+        requests.append(Request(path.stem, preset, out / path.stem, data=path, profile=args.profile))
+    if not requests:
+        raise ConfigError("nothing to evaluate: give --tasks NAMES (see --list) or --data FILE")
+    names = [request.name for request in requests]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"two of {', '.join(names)} have the same name, and so the same folder. Rename a file."
         )
-        for key, value in sorted(metrics.items()):
-            if key.count("/") == 2:
-                print(f"  {key.split('/')[1]:22}{100 * value:8.1f} %")
+    for request in requests:
+        request.check()
+    return requests
 
 
-def parse_args() -> argparse.Namespace:
+def plan_scoring(args: argparse.Namespace) -> list[Request]:
+    """The saved samples to score again, with the settings they were made with."""
+    from tasks import get_benchmark
+
+    from uniopd_mm.evaluation.benchmark import Preset
+    from uniopd_mm.evaluation.folder import read_settings
+    from uniopd_mm.evaluation.samples import read_samples
+    from uniopd_mm.evaluation.session import Request
+    from uniopd_mm.evaluation.tasks import changed_preset, choose_preset
+
+    path = args.score_only
+    files = [path] if path.is_file() else sorted(path.glob("*/samples.jsonl"))
+    if not files:
+        raise ConfigError(
+            f"{path} is no samples.jsonl, nor a folder of an evaluation that holds NAME/samples.jsonl"
+        )
+    out, requests = out_folder(args), []
+    for file in files:
+        run = (read_settings(file.parent) or {}).get("run", {})
+        names = sorted({sample.benchmark for sample in read_samples(file)})
+        if len(names) != 1:
+            raise ConfigError(
+                f"{file} holds samples of {', '.join(names) or 'nothing'}; expected one benchmark"
+            )
+        name, data = names[0], args.data[0] if args.data else run.get("data") and Path(run["data"])
+        changes = {"limit": args.limit or run.get("limit"), "n": run.get("n")}
+        preset_name = run.get("preset", args.preset)
+        benchmark = None if data else get_benchmark(name)
+        preset = (
+            choose_preset(benchmark, preset_name, changes)
+            if benchmark
+            else changed_preset(Preset(default_sampling()), changes)
+        )
+        source = args.source or (run.get("source") and Path(run["source"]))
+        requests.append(
+            Request(
+                name=name,
+                preset=preset,
+                folder=out / name,
+                benchmark=benchmark,
+                data=data or None,
+                preset_name=preset_name,
+                profile=args.profile,
+                source=source or None,
+                split=args.split or run.get("split"),
+                saved=file,
+            )
+        )
+    return requests
+
+
+def saved_settings(request: Request) -> dict[str, Any]:
+    """How samples were made that are scored again; empty where it is not known."""
+    from uniopd_mm.evaluation.folder import read_settings
+
+    assert request.saved is not None
+    return (read_settings(request.saved.parent) or {}).get("sampled", {})
+
+
+def make_answerer(args: argparse.Namespace, world: World) -> Answerer:
+    """The model, or the servers that have it."""
+    from uniopd_mm.evaluation.session import Answerer
+
+    model = ModelConfig(
+        model=args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        template=args.template,
+    )
+    server = None
+    if args.server:
+        server = RolloutServerConfig(
+            kind=args.server_kind,
+            urls=args.server,
+            model=args.server_model,
+            api_key_env=args.api_key_env,
+            timeout_s=args.server_timeout,
+            sync="never",
+        )
+    return Answerer(model, world, server, args.batch, args.seed, args.fresh)
+
+
+def verifier_config(args: argparse.Namespace, requests: Sequence[Request], world: World) -> VerifierConfig:
+    """Scoring settings; verifiers that need processes share the cores of the machine.
+
+    Naming the verifier of code here makes a machine that cannot run programs safely an error at the start.
+    """
+    judge = None
+    if args.judge:
+        judge = JudgeConfig(url=args.judge, model=args.judge_model, api_key_env=args.judge_key_env)
+    runs_code = any(request.benchmark and request.benchmark.domain == "code" for request in requests)
+    if runs_code:
+        from uniopd_mm.sandbox import describe as describe_sandbox
+
+        say(world, describe_sandbox())
+    return VerifierConfig(
+        default=args.verifier,
+        by_domain={"code": "code"} if runs_code else {},
+        workers=max(1, (os.cpu_count() or 1) // world.size),
+        judge=judge,
+        sandbox=SandboxConfig(allow_unsafe=args.allow_unsafe_code),
+    )
+
+
+def start_world(args: argparse.Namespace) -> World:
+    import torch
+
+    from uniopd_mm.distributed import World, init_world
+
+    if args.local_rank is not None:
+        return init_world(timeout_s=7200.0)  # one rank may be busy with long answers while the others wait
+    return World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def describe(task: Any, request: Request) -> list[str]:
+    """One benchmark in a line or two: how many rows, asked how, scored how."""
+    sampling = task.preset.sampling
+    how = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"
+    how += f", top-p {sampling.top_p:g}" if sampling.top_p < 1 else ""
+    how += f", top-k {sampling.top_k}" if sampling.top_k else ""
+    preset = f"preset {request.preset_name}, " if request.benchmark else ""
+    lines = [
+        f"{task.benchmark.title}: {len(task.rows)} rows x {task.preset.n}, {preset}{how}, up to "
+        f"{sampling.max_new_tokens} tokens, profile {request.profile}"
+    ]
+    if task.left_out:
+        lines.append(f"  {len(task.left_out)} rows left out, the first: {task.left_out[0]}")
+    return lines
+
+
+def finish(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Print the table and write results.json."""
+    from tasks import GROUPS
+
+    from uniopd_mm.evaluation.folder import write_results
+    from uniopd_mm.evaluation.references import reference_text
+    from uniopd_mm.evaluation.results import means
+    from uniopd_mm.evaluation.tables import result_table
+
+    out, averages = out_folder(args), means(results)
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if value
+    }
+    settings["data"] = list(map(str, args.data))
+    write_results(out, settings, results, averages)
+    print()
+    print(result_table(results, averages))
+    for name, result in results.items():
+        for note in result["notes"]:
+            print(f"{name}: {note}")
+        for reason, count in result["unknown_reasons"].items():
+            print(f"{name}: {count} unknown: {reason}")
+    whole = {name: mean for name, mean in averages.items() if set(GROUPS.get(name, "?")) <= results.keys()}
+    published = reference_text(ROOT / "eval" / "reference.yaml", args.reference or args.model, results, whole)
+    if published:
+        print(f"\n{published}")
+    print(
+        f"\n{out / 'results.json'}; answers to look at: {out}/{'*' if len(results) > 1 else next(iter(results))}/samples.html"
+    )
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Two runs, benchmark by benchmark, on the rows that both have."""
+    from uniopd_mm.evaluation.comparing import compare_runs
+    from uniopd_mm.evaluation.tables import comparison_table
+
+    found = compare_runs(*args.compare, force=args.force)
+    print(f"first   {args.compare[0]}\nsecond  {args.compare[1]}\n")
+    print(
+        comparison_table(
+            {name: one.difference for name, one in found.items()},
+            {name: (one.first, one.second) for name, one in found.items()},
+        )
+    )
+    for name, one in found.items():
+        if one.only_first or one.only_second:
+            print(
+                f"{name}: {one.only_first} rows are only in the first run, {one.only_second} only in the second"
+            )
+    return 0
+
+
+def list_benchmarks() -> int:
+    """Names, titles and sizes."""
+    from tasks import GROUPS, benchmark_names, get_benchmark
+
+    from uniopd_mm.evaluation.tables import align
+
+    lines = [["name", "title", "rows", "domain", "metric", "samples (paper, quick)"]]
+    for name in benchmark_names():
+        one = get_benchmark(name)
+        asked = ", ".join(str(one.presets[preset].n) for preset in ("paper", "quick"))
+        lines.append([name, one.title, str(one.n_rows or "?"), one.domain, one.metric, asked])
+    print(align(lines, left=6))
+    print("groups: " + ", ".join(GROUPS))
+    return 0
+
+
+def out_folder(args: argparse.Namespace) -> Path:
+    if args.out:
+        return args.out
+    if args.score_only:
+        folder = args.score_only if args.score_only.is_dir() else args.score_only.parent.parent
+        return folder / f"profile_{args.profile}"
+    return Path("runs/eval") / (Path(args.model.rstrip("/")).name or "model")
+
+
+def default_sampling() -> Any:
+    from uniopd_mm.config import EvalSamplingConfig
+
+    return EvalSamplingConfig()
+
+
+def template_value(text: str) -> tuple[str, Any]:
+    """``enable_thinking=false`` -> a variable of the chat template."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--template {text}: expected NAME=VALUE, e.g. --template enable_thinking=false")
+    return name, yaml.safe_load(value)
+
+
+def say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, flush=True)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="eval/run.py [options]",
     )
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub id")
-    parser.add_argument("--tasks", default="", help=f"comma-separated: {', '.join(TASKS)}")
-    parser.add_argument(
-        "--data", action="append", default=[], help="rows to evaluate (JSONL, Parquet, mixture YAML)"
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", help="Hugging Face folder or hub id")
+    what.add_argument("--tasks", default="", help="benchmarks and groups, comma-separated; --list names them")
+    what.add_argument(
+        "--data", type=Path, action="append", default=[], help="rows of your own (JSONL, Parquet, YAML)"
     )
-    parser.add_argument(
-        "--out", default="runs/eval", help="folder for samples and results (default %(default)s)"
+    what.add_argument(
+        "--source",
+        type=Path,
+        help="folder with the public files, one sub-folder per benchmark; default: the hub",
     )
-    parser.add_argument("--limit", type=int, help="only the first rows")
-    parser.add_argument(
-        "--n", type=int, default=1, help="answers per prompt; accuracy is their mean (default 1)"
+    what.add_argument("--split", help="another split than the benchmark's own")
+    what.add_argument("--limit", type=positive, help="only the first rows")
+    what.add_argument("--list", action="store_true", help="list benchmarks and groups")
+    how = parser.add_argument_group("how to ask")
+    how.add_argument(
+        "--preset",
+        default="paper",
+        help="paper = the published protocol (default); quick = fewer rows, shorter answers",
     )
-    parser.add_argument(
-        "--batch", type=int, default=64, help="prompts answered together (default %(default)s)"
+    how.add_argument(
+        "--samples",
+        "--n",
+        dest="n",
+        type=positive,
+        help="per row; default: the preset's (behind the deepspeed command only --samples: it takes --n for its own)",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="default %(default)s")
-    parser.add_argument("--min-pixels", type=int)
-    parser.add_argument("--max-pixels", type=int)
-    parser.add_argument(
+    how.add_argument(
+        "--temperature", type=float, help="0 = greedy; default: the preset's, as for the next three"
+    )
+    how.add_argument("--top-p", type=float)
+    how.add_argument("--top-k", type=int)
+    how.add_argument("--max-new-tokens", type=positive)
+    how.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="variable of the chat template, e.g. enable_thinking=false",
+    )
+    how.add_argument("--min-pixels", type=positive, help="smallest image area after resizing")
+    how.add_argument("--max-pixels", type=positive, help="largest image area after resizing")
+    how.add_argument("--seed", type=int, default=0)
+    score = parser.add_argument_group("how to score")
+    score.add_argument(
+        "--profile",
+        choices=["strict", "upstream"],
+        default="strict",
+        help="strict = right where upstream is wrong (default); upstream = the number of the benchmark's own code",
+    )
+    score.add_argument(
+        "--verifier", default="math", help="for rows of --data that name none (default %(default)s)"
+    )
+    score.add_argument(
+        "--judge", metavar="URL", help="OpenAI-compatible server of a judge, where a benchmark needs one"
+    )
+    score.add_argument("--judge-model", help="its model; default: the only one it serves")
+    score.add_argument("--judge-key-env", metavar="NAME", help="environment variable with its API key")
+    score.add_argument(
+        "--allow-unsafe-code",
+        action="store_true",
+        help="run programs of the model also where the machine cannot isolate them",
+    )
+    score.add_argument(
+        "--score-only",
+        type=Path,
+        metavar="SAMPLES",
+        help="samples.jsonl or the folder of a run: score again, without a model",
+    )
+    score.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="published model to print beside the result; default: by the name of --model",
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument("--out", type=Path, help="folder of the run; default: runs/eval/NAME OF THE MODEL")
+    where.add_argument(
+        "--fresh", action="store_true", help="answer again; old answers are set aside, not deleted"
+    )
+    where.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default %(default)s"
     )
-    parser.add_argument("--verifier", default="math", help="for rows that name none (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
-    return parser.parse_args()
+    where.add_argument("--revision", help="of a hub id")
+    where.add_argument(
+        "--batch", type=positive, default=64, help="prompts answered together (default %(default)s)"
+    )
+    where.add_argument(
+        "--server",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="server that has the weights (again for more); --model is then its tokenizer and processor",
+    )
+    where.add_argument(
+        "--server-kind",
+        choices=["vllm", "vllm_text", "sglang", "openai"],
+        default="vllm",
+        help="default %(default)s; vllm and sglang take images",
+    )
+    where.add_argument("--server-model", help="name under which it serves the model; default: the only one")
+    where.add_argument(
+        "--server-timeout", type=float, default=1800.0, help="seconds for one request (default %(default)s)"
+    )
+    where.add_argument("--api-key-env", metavar="NAME", help="environment variable with the servers' API key")
+    where.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
+    two = parser.add_argument_group("two runs")
+    two.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("BEFORE", "AFTER"),
+        help="folders of two runs: paired difference, interval, p",
+    )
+    two.add_argument("--force", action="store_true", help="compare runs with different settings")
+    args = parser.parse_args(argv)
+    if not (args.model or args.list or args.compare or args.score_only):
+        raise ConfigError("which model? Give --model FOLDER (or a hub id); --help shows examples")
+    args.template = dict(map(template_value, args.template))
+    return args
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 if __name__ == "__main__":
@@ -165,3 +494,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except UniOPDError as error:
         sys.exit(error_message(error))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")

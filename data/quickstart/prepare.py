@@ -1,4 +1,5 @@
-"""Make the quickstart from nothing: data rows, a tokenizer, two teachers and a half-trained student, all offline.
+"""Make the quickstart from nothing: data rows, a tokenizer, two teachers and a half-trained student, all offline; then
+balance the rows by how difficult they are for that student.
 
     python data/quickstart/prepare.py --out quickstart
 
@@ -18,6 +19,8 @@ import os
 import queue
 import resource
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +34,7 @@ from supervised import Schedule
 from task import DOMAINS, draw_strips, picture, rows
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 CODE = ("task.py", "tiny_models.py", "supervised.py", "prepare.py")
 """Files whose content decides the result: a changed one makes the kept parts stale."""
 TEACHERS = {"teacher_vlm": "read", "teacher_text": "arithmetic"}
@@ -84,6 +88,10 @@ class Settings:
     train_rows: int
     eval_rows: int
     steps_scale: float
+    samples: int = 4
+    """Answers of the student to a training row, by which rows are balanced; 0 = they are not."""
+    asked_rows: int = 3000
+    """Training rows that it answers; the others stay in once."""
 
     def digest(self) -> str:
         """Short hash of the settings, the recipes and the code that follows them."""
@@ -373,6 +381,40 @@ def make_measurements(workshop: Workshop, settings: Settings, threads: int) -> d
     return measure(workshop.folder, TEACHERS, settings.seed)
 
 
+def balance_rows(workshop: Workshop, settings: Settings, threads: int) -> None:
+    """Write difficulty/manifest.jsonl: the training rows, each as often as the student's answers to it suggest."""
+    workshop.begin("difficulty")
+    command = [sys.executable, str(ROOT / "scripts" / "balance_data.py")]
+    command += [str(ROOT / "scripts" / "recipes" / "quickstart.yaml"), "student.model=student"]
+    command += ["data.train=train.jsonl", "rollout.concurrent_rollouts=1024", f"seed={settings.seed}"]
+    command += [
+        f"--samples={settings.samples}",
+        f"--limit={settings.asked_rows}",
+        f"--out={workshop.folder / 'difficulty'}",
+    ]
+    start = time.monotonic()
+    status = run_to_end(command, workshop.folder, {**os.environ, "OMP_NUM_THREADS": str(threads)})
+    if status:
+        raise PrepareError(
+            f"balancing the training rows ended with exit code {status} (its own message is above); finished parts are "
+            "kept, so type the same command again once the cause is gone."
+        )
+    workshop.finish("difficulty", {}, {"wall_s": round(time.monotonic() - start, 1)})
+
+
+def run_to_end(command: Sequence[str], folder: Path, environment: dict[str, str]) -> int:
+    """Exit status of a command, which is ended with this process if that is asked to end."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with subprocess.Popen(command, cwd=folder, env=environment) as process:
+            try:
+                return process.wait()
+            finally:
+                process.terminate()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def prepare(folder: Path, settings: Settings, jobs: int = 2, threads: int = 1) -> dict[str, Any]:
     """Make what is missing in ``folder`` and return the manifest."""
     workshop = Workshop(folder, settings.digest())
@@ -386,12 +428,15 @@ def prepare(folder: Path, settings: Settings, jobs: int = 2, threads: int = 1) -
             "Quickstart: no model weights can be downloaded here, so three small ones (130,000 to 220,000 weights) are\n"
             "now trained from scratch, by ordinary supervised training on scikit-learn's bundled scans of handwritten\n"
             f"digits.  To do: {', '.join(missing) or 'measurements only'}; {jobs} process(es) of {threads} thread(s).\n"
-            f"On two idle cores this takes about two minutes, once: the result is kept in {folder}",
+            f"On two idle cores this takes two to three minutes, once: the result is kept in {folder}",
             flush=True,
         )
         make_models(missing, workshop, settings, jobs, threads)
         print("  measuring on held-out digits", flush=True)
         measured = make_measurements(workshop, settings, threads)
+        if settings.samples and workshop.result("difficulty") is None:
+            print("  asking the student, to balance the training rows by difficulty", flush=True)
+            balance_rows(workshop, settings, threads)
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         workshop.write(
             folder / "manifest.json",
@@ -440,13 +485,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=1.0,
         help="fraction of the training steps; < 1 gives poor models soon",
     )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=4,
+        help="answers of the student to a training row, to balance the rows by difficulty; 0 = not (default 4)",
+    )
+    parser.add_argument(
+        "--asked-rows", type=int, default=3000, help="training rows that it answers (default 3000)"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     settings = Settings(
-        seed=args.seed, train_rows=args.train_rows, eval_rows=args.eval_rows, steps_scale=args.steps_scale
+        seed=args.seed,
+        train_rows=args.train_rows,
+        eval_rows=args.eval_rows,
+        steps_scale=args.steps_scale,
+        samples=args.samples,
+        asked_rows=args.asked_rows,
     )
     try:
         prepare(args.out.resolve(), settings, jobs=args.jobs, threads=args.threads)

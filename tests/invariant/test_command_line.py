@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, SCRIPT, environment, launch, metrics, train, write_recipe
+from launching import SCRIPT, launch, metrics, train, write_recipe
 from rooms import load, make_groups, plain_logprobs
 from safetensors.torch import load_file
 
@@ -185,41 +183,6 @@ def test_bfloat16_trains_and_its_model_loads(tiny_models: dict[str, Path], tmp_p
     group = make_groups(model, (1,))[0]
     with torch.no_grad():
         assert torch.isfinite(plain_logprobs(model, group, torch.tensor([20, 21, 22]))).all()
-
-
-def test_evaluation_alone_gives_what_training_reported(recipe: Path) -> None:
-    run = train(recipe, f"out={recipe.parent / 'evaluated'}", "eval.every=2", "verifier.default=exact")
-    out = recipe.parent / "eval_out"
-    options = {
-        "--model": run / "model",
-        "--dtype": "float32",
-        "--data": recipe.parent / "data" / "rows.jsonl",
-        "--limit": 6,
-        "--max-new-tokens": 6,
-        "--verifier": "exact",
-        "--out": out,
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "eval" / "run.py"),
-            *(str(word) for pair in options.items() for word in pair),
-        ],
-        env=environment(),
-        cwd=recipe.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    ours = [json.loads(line)["text"] for line in (out / "rows" / "samples.jsonl").read_text().splitlines()]
-    wanted = [
-        json.loads(line)["text"] for line in (run / "eval" / "step_000002.jsonl").read_text().splitlines()
-    ]
-    assert ours == wanted and len(ours) == 6
-    assert "accuracy" in done.stdout
-    results = json.loads((out / "results.json").read_text())["results"]["rows"]
-    assert results["eval/length"] == metrics(run)[-1]["eval/length"]
 
 
 def test_ranks_leave_no_shared_memory_behind(tmp_path: Path, tiny_models: dict[str, Path]) -> None:

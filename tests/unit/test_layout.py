@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = sorted(p for p in (ROOT / "uniopd_mm").rglob("*.py") if "processors" not in p.parts)
-PURE = ("advantages", "alignment", "balance.py", "loss.py")
+PURE = ("advantages", "alignment", "balance.py", "difficulty.py", "loss.py")
 IMPURE = (
     "torch.distributed",
     "deepspeed",

@@ -126,6 +126,8 @@ def test_a_mathematical_answer_is_found_and_tidied(text, answer):
             "<answer>Answer: (C)</answer>",
             "The answer is kidney.",
         ),
+        *("The answer is \\(C\\).", "The answer is \u200fC\u200f.", "Answer: \u200bC", "My final choice: C"),
+        *("\\boxed{\\boxed{C}}", "thought \\boxed{A}</think>\n\\boxed{C}", "<answer>\nC\n</answer>"),
         *("Answer: A\nWait.\nAnswer: C", "\\boxed{C}\n\nThe answer is clear."),
     ],
 )
@@ -159,6 +161,8 @@ def test_several_letters_are_all_of_them(text, letters):
         "<think>Answer: C",
         "A. The heart is wrong\nB. So is the lung\nC. This one fits",
         "Option A is wrong; option C fits",
+        "A. heart\nB. lung\nC. kidney\nD. A and B",
+        "thought\nAnswer: A</think>",
     ],
 )
 def test_what_states_no_choice_is_no_choice(text):

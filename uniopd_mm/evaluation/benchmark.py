@@ -1,6 +1,6 @@
 """What a benchmark is: where its rows are, how one becomes a prompt, how it is asked, and what its number is.
 
-The sixteen definitions are in ``eval/benchmarks``; each names its source in the comment above it.
+The sixteen definitions are in ``eval/tasks``; each names its source in the comment above it.
 """
 
 from __future__ import annotations

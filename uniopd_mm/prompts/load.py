@@ -14,8 +14,9 @@ from pydantic import Field
 
 from uniopd_mm.config import SourceConfig
 from uniopd_mm.errors import ConfigError, DataError
+from uniopd_mm.prompts.manifest import ListedRows, Manifest, is_manifest, read_manifest, require_fit
 from uniopd_mm.prompts.parse import Known, check_prompt, check_source, parse_row
-from uniopd_mm.prompts.rows import RowError, Rows, open_rows, row_range
+from uniopd_mm.prompts.rows import RowError, Rows, find_data, open_rows, row_range
 from uniopd_mm.rollout import Prompt
 from uniopd_mm.settings import Settings, load_config
 
@@ -47,6 +48,7 @@ class Source:
     """One opened source."""
 
     config: SourceConfig
+    """Its relative paths start from the current folder."""
     name: str
     rows: Rows
 
@@ -93,6 +95,10 @@ class PromptSet(Sequence[Prompt]):
         """``file:row`` of a prompt."""
         return self.sources[self._entries[0][index]].place(self._entries[1][index])
 
+    def entries(self) -> list[tuple[int, int]]:
+        """Of every prompt, the position of its source in ``sources`` and of its row there."""
+        return list(zip(*self._entries[:2], strict=True))
+
     def domains(self) -> dict[str, int]:
         """Prompts of each domain, copies counted."""
         return dict(sorted(self._domains.items()))
@@ -113,14 +119,21 @@ def load_prompts(
     require_answer: bool = True,
     max_bad_share: float = 0.01,
     seed: int = 0,
+    balanced: bool = True,
 ) -> PromptSet:
-    """Prompts of a mixture YAML, a data file or folder, a hub id, or a list of sources.
+    """Prompts of a mixture YAML, a data file or folder, a hub id, a balanced mixture, or a list of sources.
 
     ``domains`` are those a teacher serves and ``verifiers`` those that exist; None accepts all.  Every row is checked;
     bad rows are left out and listed in ``bad_rows``.  DataError when more than ``max_bad_share`` of all rows are bad,
-    ConfigError for settings that fit no data.  The same on every rank.
+    ConfigError for settings that fit no data.  The same on every rank.  ``balanced`` False: the sources of a balanced
+    mixture as they were before.
     """
-    sources = _open_sources(*_configs(spec))
+    manifest = read_manifest(spec) if isinstance(spec, str | Path) and is_manifest(spec) else None
+    if manifest is not None:
+        sources = _open_sources(manifest.sources, [manifest.path.parent, Path()])
+        sources = [_listed(source, manifest) for source in sources] if balanced else sources
+    else:
+        sources = _open_sources(*_configs(spec))
     prompts = PromptSet(sources)
     known = Known(domains, verifiers, require_answer)
     first_use: dict[str, str] = {}
@@ -139,12 +152,20 @@ def load_prompts(
             else:
                 bad += [BadRow(source.place(index), reason) for reason in outcome]
         prompts.n_rows += len(taken)
-        prompts.add(number, weighted(list(good), source.config.weight, f"{seed}/{source.name}"), good)
+        prompts.add(number, _entries(source, good, seed), good)
     prompts.bad_rows = tuple(bad)
+    if manifest is not None:
+        require_fit(manifest.path, [source.rows for source in sources])
     _limit(bad, prompts.n_rows, max_bad_share)
     if not len(prompts):
         raise DataError(f"no prompts in '{spec}': every weight is too small. Raise a weight.")
     return prompts
+
+
+def _entries(source: Source, good: Collection[int], seed: int) -> list[tuple[int, int]]:
+    if isinstance(source.rows, ListedRows):
+        return source.rows.entries(good)
+    return weighted(list(good), source.config.weight, f"{seed}/{source.name}")
 
 
 def weighted(rows: Sequence[int], weight: float, seed: str) -> list[tuple[int, int]]:
@@ -194,23 +215,36 @@ def _open_sources(configs: Sequence[SourceConfig], folders: Sequence[Path]) -> l
             raise ConfigError(
                 f"{count} data sources are called '{name}', so their ids collide. Give each a `name`."
             )
-    return [
-        Source(c, name, _at_root(open_rows(c, folders), c, folders))
-        for c, name in zip(configs, names, strict=True)
-    ]
+    return [_open_source(c, name, folders) for c, name in zip(configs, names, strict=True)]
 
 
-def _at_root(rows: Rows, config: SourceConfig, folders: Sequence[Path]) -> Rows:
-    if config.image_root is None:
-        return rows
-    places = [folder / config.image_root for folder in folders]
+def _open_source(config: SourceConfig, name: str, folders: Sequence[Path]) -> Source:
+    path = find_data(config.path, folders)
+    if path is not None and is_manifest(path):
+        raise ConfigError(
+            f"{path} is a balanced mixture, which cannot be a source of another one. Give it alone: data.train={path}"
+        )
+    rows = open_rows(config, folders)
+    found: dict[str, str] = {} if path is None else {"path": str(path)}
+    if config.image_root is not None:
+        rows.root = found["image_root"] = str(_image_root(config.image_root, folders))
+    return Source(config.model_copy(update=found), name, rows)
+
+
+def _image_root(image_root: str, folders: Sequence[Path]) -> Path:
+    places = [folder / image_root for folder in folders]
     root = next((place for place in places if place.is_dir()), None)
     if root is None:
         raise ConfigError(
-            f"image_root '{config.image_root}' is no folder (looked for {', '.join(map(str, places))})"
+            f"image_root '{image_root}' is no folder (looked for {', '.join(map(str, places))})"
         )
-    rows.root = str(root)
-    return rows
+    return root
+
+
+def _listed(source: Source, manifest: Manifest) -> Source:
+    listed, n_rows = manifest.rows[source.name], manifest.n_rows[source.name]
+    rows = ListedRows(source.rows, listed, n_rows, is_complete=source.config.weight >= 1)
+    return dataclasses.replace(source, rows=rows)
 
 
 def _stem(path: str) -> str:

@@ -144,17 +144,24 @@ class ArrowRows:
         return row
 
 
+def find_data(path: str, folders: Sequence[Path]) -> Path | None:
+    """The local file or folder of a source in the first of ``folders`` that has it; None = it may be on the hub."""
+    if path.startswith("hf://"):
+        return None
+    places = [Path(os.path.normpath(folder / path)) for folder in folders]
+    return next((place for place in places if place.exists()), None)
+
+
 def open_rows(source: SourceConfig, folders: Sequence[Path]) -> Rows:
     """The rows of a source; a relative path is looked for in each of ``folders``, then taken for a hub id."""
     if source.path.startswith("hf://"):
         return ArrowRows(_load("parquet", source, data_files=source.path, split="train"), source.path, "")
-    places = [Path(os.path.normpath(folder / source.path)) for folder in folders]
-    path = next((place for place in places if place.exists()), None)
+    path = find_data(source.path, folders)
     if path is None:
         if not _HUB_ID.fullmatch(source.path) or source.path.endswith(
             (".json", ".jsonl", ".parquet", ".arrow")
         ):
-            looked = ", ".join(map(str, places))
+            looked = ", ".join(os.path.normpath(folder / source.path) for folder in folders)
             raise DataError(
                 f"there is no data at '{source.path}' (looked for {looked}). Expected {_FORMATS}."
             )

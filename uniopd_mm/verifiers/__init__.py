@@ -7,7 +7,14 @@ as a published benchmark's own code, its quirks included.
 """
 
 from uniopd_mm.verifiers.base import Verifier, VerifierError, get_verifier, register_verifier, verifier_names
-from uniopd_mm.verifiers.metrics import avg_at_k, cov_at_k, maj_at_k, pass_at_k
+from uniopd_mm.verifiers.metrics import (
+    avg_at_k,
+    cov_at_k,
+    dynamath_worst_average,
+    maj_at_k,
+    pass_at_k,
+    wemath_scores,
+)
 from uniopd_mm.verifiers.pool import VerifierPool
 
 __all__ = [
@@ -16,9 +23,11 @@ __all__ = [
     "VerifierPool",
     "avg_at_k",
     "cov_at_k",
+    "dynamath_worst_average",
     "get_verifier",
     "maj_at_k",
     "pass_at_k",
     "register_verifier",
     "verifier_names",
+    "wemath_scores",
 ]

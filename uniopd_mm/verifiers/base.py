@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from uniopd_mm.errors import ConfigError, UniOPDError
@@ -18,6 +18,9 @@ MAX_ANSWER_CHARS = 2000
 
 NO_ANSWER = "no answer found"
 NO_GOLD = "no gold answer"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class VerifierError(UniOPDError, RuntimeError):
@@ -80,6 +83,21 @@ class Verifier:
         """Free what the verifier holds (worker processes, connections); it may be used again afterwards."""
 
 
+def by_kind(
+    items: Sequence[Item],
+    kind_of: Callable[[Item], str],
+    judges: Mapping[str, Callable[[list[Item]], Sequence[Result]]],
+) -> list[Result]:
+    """Results in the order of the items, each from the judge of its kind; every judge sees all of its items at once."""
+    rows: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        rows.setdefault(kind_of(item), []).append(i)
+    results: dict[int, Result] = {}
+    for kind, indices in rows.items():
+        results |= zip(indices, judges[kind]([items[i] for i in indices]), strict=True)
+    return [results[i] for i in range(len(items))]
+
+
 def gold_answers(prompt: Prompt) -> list[str]:
     """The non-empty gold answers of a prompt, each acceptable on its own."""
     answers = prompt.answer if isinstance(prompt.answer, list) else [prompt.answer]
@@ -92,6 +110,14 @@ _BUILTIN = {
     "chart": "uniopd_mm.verifiers.chart:ChartVerifier",
     "document": "uniopd_mm.verifiers.document:DocumentVerifier",
     "exact": "uniopd_mm.verifiers.exact:ExactVerifier",
+    "code": "uniopd_mm.verifiers.code:CodeVerifier",
+    "numeric": "uniopd_mm.verifiers.numeric:NumericVerifier",
+    "mathvision": "uniopd_mm.verifiers.mathvision:MathVisionVerifier",
+    "dynamath": "uniopd_mm.verifiers.dynamath:DynaMathVerifier",
+    "wemath": "uniopd_mm.verifiers.wemath:WeMathVerifier",
+    "logicvista": "uniopd_mm.verifiers.logicvista:LogicVistaVerifier",
+    "recipe": "uniopd_mm.verifiers.recipe:RecipeVerifier",
+    "judge": "uniopd_mm.verifiers.judge:JudgeVerifier",
 }
 _REGISTERED: dict[str, type[Verifier]] = {}
 

@@ -16,6 +16,7 @@ from uniopd_mm.verifiers.exact import normalize
 from uniopd_mm.verifiers.extract import candidates, fold, lone_line, marked, plain, visible
 
 _MAX_CHARS = 500
+_TAIL_CHARS = 4000
 _LETTER = r"[(\[{]?\s?([A-Z])\s?[)\]}]?"
 _SINGLE = re.compile(r"[(\[{<]?\s?([A-Za-z])\s?[)\]}>]?\s?[.,:;。]?")
 _SET = re.compile(
@@ -29,13 +30,16 @@ _SENTENCE = re.compile(
     rf"(?:{_LETTER}\s?(?:,|/|&|、|and\b|or\b|和|或)\s?){{0,25}}[(\[]?([A-Z])[)\]]?(?![\w'-])", re.ASCII
 )
 _LEAD = re.compile(r"(?:option|choice|letter|选项)\s?:?\s?", re.IGNORECASE)
-_OPTION_LINE = re.compile(r"^[ \t]{0,8}[(\[]?([A-Z])[)\].:、][ \t]{0,8}(\S[^\n]{0,500})$", re.MULTILINE)
+_OPTION_LINE = re.compile(
+    r"^[ \t]{0,8}(?:(?i:choices|options)[ \t]{0,4}:[ \t]{0,4})?[(\[]?([A-Z])[)\].:、][ \t]{0,8}(\S[^\n]{0,500})$",
+    re.MULTILINE,
+)
 _OPTION_INLINE = re.compile(r"(?:^|(?<=[\s;,]))\(?([A-Z])[).:]\s?")
 
 
 def options_of(prompt: Prompt) -> dict[str, str]:
     """Options listed in the prompt, letter -> text: a line each, or inline as in "A. 3; B. 4"."""
-    text = fold(_user_text(prompt))
+    text = fold(user_text(prompt))
     lines = [(m[1], m[2].strip()) for m in _OPTION_LINE.finditer(text)]
     options = _consecutive(lines)
     if len(options) >= 2:
@@ -47,7 +51,8 @@ def options_of(prompt: Prompt) -> dict[str, str]:
     )
 
 
-def _user_text(prompt: Prompt) -> str:
+def user_text(prompt: Prompt) -> str:
+    """Text of the last user turn."""
     turns = [m.get("content") for m in prompt.messages if m.get("role") == "user"]
     content = turns[-1] if turns else ""
     if isinstance(content, str):
@@ -68,7 +73,7 @@ def _consecutive(pairs: list[tuple[str, str]]) -> dict[str, str]:
 
 def parse_letters(answer: str, options: dict[str, str], in_sentence: bool = False) -> frozenset[str] | None:
     """The letters an answer names; None = none.  ``in_sentence``: words may follow, as in "C because …"."""
-    answer = _LEAD.sub("", plain(answer[:_MAX_CHARS]), count=1) if answer else ""
+    answer = _LEAD.sub("", plain(answer[:_MAX_CHARS].rstrip(" .。")), count=1) if answer else ""
     known = set(options) or set("ABCDEFGH")
     label = _LABELLED.fullmatch(answer)
     letter = (label[1] or label[2] or label[3]).upper() if label else ""
@@ -123,6 +128,10 @@ def _lone_lines(text: str) -> Iterator[str]:
 
 def _names_option(rest: str, letters: frozenset[str], options: dict[str, str], text: str) -> bool:
     if options:
+        if (
+            len({match[1] for match in _OPTION_LINE.finditer(text[-_TAIL_CHARS:])}) > 1
+        ):  # all of them are listed
+            return False
         return any(normalize(rest) == normalize(options[letter]) for letter in letters if letter in options)
     return "\n" not in text.strip()
 

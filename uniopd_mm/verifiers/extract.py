@@ -11,7 +11,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Iterator
 
-MAX_CHARS = 1_000_000
+MAX_CHARS = 250_000
 """Only so many characters at the end of a visible text are searched."""
 DELIMITERS = (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$"))
 """What mathematics is written between."""
@@ -34,7 +34,7 @@ _REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>|�
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _BRACES = re.compile(r"\\boxed\s{0,8}\{|\\.|[{}]", re.DOTALL)
 _MARK = re.compile(
-    r"(?:\b(?:answers?|(?:correct|right|best)\s{1,4}(?:option|choice|letter))\b[*_]{0,3}\s{0,4}"
+    r"(?:\b(?:answers?|(?:correct|right|best|final)\s{1,4}(?:option|choice|letter))\b[*_]{0,3}\s{0,4}"
     r"(?:(?:should|must|would|will)\s{1,4}be\b|is\b|are\b|was\b|=|:)"
     r"|(?:答案|正确选项|正确答案)\s{0,4}(?:应该是|应为|应是|是|为|:)"
     r"|(?:故选|应选|选择|选)\s{0,2}:?\s{0,2}(?=[(A-Z])|####)"
@@ -59,6 +59,8 @@ def fold(text: str) -> str:
 def _fold_char(char: str) -> str:
     if char in _LOOKALIKES:
         return _LOOKALIKES[char]
+    if unicodedata.category(char) == "Cf":  # writing direction and zero width
+        return ""
     if unicodedata.decomposition(char).startswith(_MEANINGFUL):
         return char
     folded = unicodedata.normalize("NFKC", char)

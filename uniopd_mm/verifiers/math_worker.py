@@ -22,8 +22,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """``argv``: the parent's process id, and the CPU seconds one comparison may take."""
-    parent, cpu_s = int(sys.argv[1]), float(sys.argv[2])
+    """``argv``: the parent's process id, the CPU seconds one comparison may take, and "boxed" or "bare"."""
+    parent, cpu_s, boxed = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "boxed"
     _die_with(parent)
     _limit()
     replies = _take_stdout()
@@ -40,31 +40,32 @@ def main() -> None:
         # A backstop for a worker whose parent is gone: past it the kernel ends the process, even inside a C call.
         signal.setitimer(signal.ITIMER_PROF, cpu_s)
         try:
-            reply = compare(request["gold"], request["answer"])
+            reply = compare(request["gold"], request["answer"], boxed)
         except MemoryError:
             reply = {"error": "out of memory"}
         signal.setitimer(signal.ITIMER_PROF, 0)
         _reply(replies, reply)
 
 
-def compare(gold: str, answer: str | None) -> dict[str, Any]:
+def compare(gold: str, answer: str | None, boxed: bool = True) -> dict[str, Any]:
     """``gold_ok``: the gold is readable as mathematics; ``equal``: the answer equals it (None when none was asked)."""
     import math_verify
 
-    expected = _parse(gold)
+    expected = _parse(gold, boxed)
     gold_ok = any(not isinstance(item, str) for item in expected)
     if answer is None:
         return {"gold_ok": gold_ok, "equal": None}
     # The gold goes first: the comparison is not symmetric.
-    return {"gold_ok": gold_ok, "equal": math_verify.verify(expected, _parse(answer), timeout_seconds=0)}
+    equal = math_verify.verify(expected, _parse(answer, boxed), timeout_seconds=0)
+    return {"gold_ok": gold_ok, "equal": equal}
 
 
 @functools.lru_cache(maxsize=512)
-def _parse(text: str) -> list[Any]:
+def _parse(text: str, boxed: bool) -> list[Any]:
     """sympy object and string of an expression; only the string, or nothing, when it is not mathematics."""
     import math_verify
 
-    return math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=0)
+    return math_verify.parse(f"\\boxed{{{text}}}" if boxed else text, parsing_timeout=0)
 
 
 def _die_with(parent: int) -> None:

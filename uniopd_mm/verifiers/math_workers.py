@@ -39,7 +39,7 @@ class Verdict:
 class _Worker:
     """One process; ``job`` is the index of the request it works on, None when idle or starting."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, boxed: bool) -> None:
         root = str(Path(__file__).parents[2])
         path = [*(entry for entry in sys.path if entry), root]
         # The worker finds the same packages as this process, and nothing in the working directory shadows them.
@@ -50,6 +50,7 @@ class _Worker:
             "uniopd_mm.verifiers.math_worker",
             str(os.getpid()),
             str(timeout_s + 1.0),
+            "boxed" if boxed else "bare",
         ]
         self.process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -91,8 +92,9 @@ class _Worker:
 class MathWorkers:
     """Up to ``n`` worker processes; each comparison has ``timeout_s`` seconds.  Safe to use from several threads."""
 
-    def __init__(self, n: int, timeout_s: float) -> None:
-        self.n, self.timeout_s = n, timeout_s
+    def __init__(self, n: int, timeout_s: float, boxed: bool = True) -> None:
+        r"""``boxed``: golds and answers are expressions, compared as contents of ``\boxed{}``; else texts that hold one."""
+        self.n, self.timeout_s, self.boxed = n, timeout_s, boxed
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._owner = os.getpid()
@@ -148,7 +150,7 @@ class MathWorkers:
                 self._remove(worker)
         starting = sum(not worker.ready for worker in self._workers)
         while len(self._workers) < self.n and starting < len(todo):
-            self._workers.append(self._starter.submit(_Worker, self.timeout_s).result())
+            self._workers.append(self._starter.submit(_Worker, self.timeout_s, self.boxed).result())
             starting += 1
 
     def _wait(self) -> list[_Worker]:

@@ -1,0 +1,181 @@
+"""Samples on disk are the state of a run: what is there is never made again, and never mixed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluating import GREEDY, Engine, Processor, prompt, world
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uniopd_mm.errors import DataError, ResumeError
+from uniopd_mm.evaluation.generate import generate, prompt_slot, score
+from uniopd_mm.evaluation.samples import Sample, SampleStore, different, settings_hash
+from uniopd_mm.verifiers import VerifierPool
+
+SETTINGS = {"temperature": 1.0}
+PROMPTS = [prompt(f"row{i}", text="x" * (i % 5 + 1)) for i in range(11)]
+IDS = [p.id for p in PROMPTS]
+
+
+def sample(id: str = "row0", index: int = 0, text: str = "7", **more) -> Sample:
+    return Sample("bench", id, index, text, more.pop("finish", "stop"), 1, **more)
+
+
+def run(
+    folder: Path, n: int = 1, engine: Engine | None = None, prompts=PROMPTS, rank=(0, 1), batch=4, seed=0
+):
+    """All samples after one run, by (id, index)."""
+    with SampleStore(folder, SETTINGS, rank[0]) as store:
+        generate(
+            engine or Engine(), Processor(), "bench", prompts, n, GREEDY, seed, store, world(*rank), batch
+        )
+        return {(s.id, s.index): s.text for s in store.samples("bench", IDS, n)}
+
+
+def test_a_store_says_what_is_missing_and_gives_samples_in_order(tmp_path: Path) -> None:
+    with SampleStore(tmp_path, SETTINGS) as store:
+        store.append([sample("b", 1), sample("a", 0)])
+        assert store.missing("bench", ["a", "b"], 2) == {"a": [1], "b": [0]}
+        assert store.missing("other", ["a"], 1) == {"a": [0]}
+        assert [s.key for s in store.samples("bench", ["a", "b"], 2)] == [
+            ("bench", "a", 0),
+            ("bench", "b", 1),
+        ]
+        assert [s.id for s in store.samples("bench", ["b", "a"], 1)] == ["a"]
+    with SampleStore(tmp_path, SETTINGS) as store:
+        assert store.missing("bench", ["a", "b"], 1) == {"b": [0]}
+
+
+@given(cut=st.integers(1, 60))
+@settings(max_examples=20, deadline=None)
+def test_a_line_cut_by_a_kill_is_made_again_and_harms_no_other(cut: int, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("torn")
+    with SampleStore(folder, SETTINGS) as store:
+        store.append([sample("a", text="äöü日本"), sample("b")])
+        path = store.path
+    path.write_bytes(path.read_bytes()[:-cut])
+    with SampleStore(folder, SETTINGS) as store:
+        assert store.missing("bench", ["a", "b"], 1) == {"b": [0]}
+        store.append([sample("b")])
+    with SampleStore(folder, SETTINGS) as store:
+        assert [s.text for s in store.samples("bench", ["a", "b"], 1)] == ["äöü日本", "7"]
+
+
+def test_other_settings_have_other_samples_and_the_old_ones_stay(tmp_path: Path) -> None:
+    with SampleStore(tmp_path, SETTINGS) as store:
+        store.append([sample()])
+        old = store.hash
+    with SampleStore(tmp_path, {"temperature": 0.5}) as store:
+        assert store.missing("bench", ["row0"], 1) == {"row0": [0]}
+        assert store.others() == {old: SETTINGS}
+    with SampleStore(tmp_path, SETTINGS) as store:
+        assert not store.missing("bench", ["row0"], 1)
+
+
+def test_a_sample_of_other_settings_in_the_file_is_refused_with_its_line(tmp_path: Path) -> None:
+    with SampleStore(tmp_path, SETTINGS) as store:
+        store.append([sample("a"), sample("b")])
+        path = store.path
+    lines = path.read_text().splitlines()
+    foreign = json.dumps(json.loads(lines[1]) | {"settings": "0" * 12})
+    path.write_text(lines[0] + "\n" + foreign + "\n")
+    with pytest.raises(DataError, match=r"rank_0000\.jsonl:2.*000000000000"):
+        SampleStore(tmp_path, SETTINGS)
+    path.write_text(lines[0] + "\nnot json\n")
+    with pytest.raises(DataError, match=":2: not a sample"):
+        SampleStore(tmp_path, SETTINGS)
+
+
+def test_two_runs_cannot_write_the_same_samples(tmp_path: Path) -> None:
+    with SampleStore(tmp_path, SETTINGS), pytest.raises(ResumeError, match="--out"):
+        SampleStore(tmp_path, SETTINGS)
+    with SampleStore(tmp_path, SETTINGS):
+        pass
+
+
+def test_an_answer_that_is_no_valid_text_is_kept(tmp_path: Path) -> None:
+    with SampleStore(tmp_path, SETTINGS) as store:
+        store.append([sample(text="half \ud83d pair, a\u2028b")])
+    with SampleStore(tmp_path, SETTINGS) as store:
+        assert store.samples("bench", ["row0"], 1)[0].text == "half \ud83d pair, a\u2028b"
+
+
+@given(stop=st.integers(0, 60), batch=st.sampled_from([1, 3, 64]), n=st.sampled_from([1, 3, 8, 19]))
+@settings(max_examples=25, deadline=None)
+def test_an_interrupted_run_ends_with_the_same_samples(
+    stop: int, batch: int, n: int, tmp_path_factory
+) -> None:
+    whole = run(tmp_path_factory.mktemp("whole"), n)
+    folder, engine = tmp_path_factory.mktemp("cut"), Engine(stop_after=stop)
+    try:
+        run(folder, n, engine, batch=batch)
+    except KeyboardInterrupt:
+        assert engine.stop_after == 0
+    assert run(folder, n) == whole
+    assert len(whole) == len(set(whole.values())) == n * len(PROMPTS)
+
+
+def test_samples_depend_on_neither_n_nor_limit_nor_ranks(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", 19)
+    few = run(tmp_path / "few", 3, prompts=PROMPTS[:5])
+    assert few == {(id, i): whole[id, i] for id in IDS[:5] for i in range(3)}
+    first, second = run(tmp_path / "ranks", 9, rank=(0, 2)), run(tmp_path / "ranks", 9, rank=(1, 2))
+    assert 0 < len(first) < len(second) and second == {key: whole[key] for key in second}
+    assert len(second) == 9 * len(PROMPTS)
+    assert run(tmp_path / "other", 1, seed=1)["row0", 0] != whole["row0", 0]
+
+
+def test_nothing_is_asked_twice(tmp_path: Path) -> None:
+    run(tmp_path, 5)
+    engine = Engine()
+    run(tmp_path, 5, engine)
+    assert engine.calls == []
+    run(tmp_path, 9, engine)  # indices 5 to 7 of the first round, and one of the second
+    assert {n for _, n in engine.calls} == {8, 1}
+    with SampleStore(tmp_path, SETTINGS) as store:
+        assert len(store.path.read_text().splitlines()) == 9 * len(PROMPTS)
+
+
+def test_prompts_of_like_length_are_answered_together_the_longest_first(tmp_path: Path) -> None:
+    engine, prompts = Engine(), [prompt(f"p{i}", text="x" * (400 * (i % 4 + 1))) for i in range(8)]
+    run(tmp_path, 1, engine, prompts, batch=2)
+    assert [sorted(int(id[1:]) % 4 for id in ids) for ids, _ in engine.calls] == [
+        [3, 3],
+        [2, 2],
+        [1, 1],
+        [0, 0],
+    ]
+
+
+def test_what_could_not_be_answered_is_unknown_and_asked_again(tmp_path: Path) -> None:
+    prompts = [*PROMPTS[:3], prompt("blind", images=(tmp_path / "gone.png",))]
+    run(tmp_path, 2, Engine(lose=lambda group, i: group.prompt.id == "row1" or i == 1), prompts)
+    with SampleStore(tmp_path, SETTINGS) as store:
+        samples = store.samples("bench", [p.id for p in prompts], 2)
+        assert store.missing("bench", [p.id for p in prompts], 2) == {
+            "row0": [1],
+            "row1": [0, 1],
+            "row2": [1],
+            "blind": [0, 1],
+        }
+    with VerifierPool() as verifiers:
+        outcomes = score(prompts, samples, verifiers)
+    assert [o.correct for o in outcomes] == [False, None, None, None, False, None, None, None]
+    assert outcomes[1].reason == "the server is down" and "gone.png" in outcomes[6].reason
+    assert len(run(tmp_path, 2, prompts=PROMPTS[:3])) == 6
+    with SampleStore(tmp_path, SETTINGS) as store:
+        assert store.missing("bench", [p.id for p in prompts], 2) == {"blind": [0, 1]}
+
+
+def test_random_numbers_belong_to_the_prompt() -> None:
+    slots = {prompt_slot(f"row{i}") for i in range(1000)}
+    assert len(slots) == 1000 and all(0 <= slot < 2**62 for slot in slots)
+
+
+def test_the_hash_of_settings_does_not_depend_on_their_order() -> None:
+    assert settings_hash({"a": 1, "b": {"c": 2}}) == settings_hash({"b": {"c": 2}, "a": 1})
+    assert settings_hash({"a": 1}) != settings_hash({"a": 2})
+    assert different({"a": 1, "b": {"c": 2}}, {"b": {"c": 3}}) == ["a: 1 -> null", "b.c: 2 -> 3"]
