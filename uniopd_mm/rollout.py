@@ -62,7 +62,7 @@ class Rollout:
     """[T] float32, temperature applied as sampled, before top-p / top-k truncation."""
     finish: Literal["stop", "length", "error"]
     text: str = ""
-    """The decoded response without special tokens."""
+    """The decoded response without special tokens, behind the ``<think>`` that the prompt opened for it, if it did."""
     student_logprobs: Tensor | None = None
     """[T] float32 of the weights that sampled, scored by the trainer's own forward pass at ``score_temperature``."""
     baseline_logprobs: Tensor | None = None

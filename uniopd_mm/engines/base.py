@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from uniopd_mm.errors import DataError, UniOPDError
 from uniopd_mm.processors import ProcessorError
-from uniopd_mm.rollout import Group, Prompt
+from uniopd_mm.processors.thoughts import opened_thought
+from uniopd_mm.rollout import Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,3 +77,11 @@ def encode_groups(
         Group(prompt, encode_prompt(processor, prompt, images), (), images, slot)
         for slot, prompt, images in drawn
     ]
+
+
+def answered(processor: VLMProcessor, group: Group, rollouts: Iterable[Rollout]) -> Group:
+    """The group with its rollouts, each with its text as it reads behind the prompt: the ``<think>`` that the chat
+    template opened for it included."""
+    opening = opened_thought(processor, group.encoded)
+    filled = (replace(r, text=opening + processor.decode(r.response_ids)) for r in rollouts)
+    return replace(group, rollouts=tuple(filled))

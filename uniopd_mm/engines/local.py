@@ -6,13 +6,13 @@ R rows (rollouts) in flight, T response tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from uniopd_mm.config import SamplingConfig
+from uniopd_mm.engines.base import answered
 from uniopd_mm.engines.sampling import rollout_uniforms, sample_tokens
 from uniopd_mm.models import MultimodalLM, start_decoding
 from uniopd_mm.rollout import Group, Rollout
@@ -60,7 +60,8 @@ class LocalEngine:
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
             for ready in self._decode([groups[i] for i in chosen], n, sampling, seed):
-                fresh = {chosen[g]: replace(groups[chosen[g]], rollouts=r) for g, r in ready.items()}
+                processor = self.student.processor
+                fresh = {chosen[g]: answered(processor, groups[chosen[g]], r) for g, r in ready.items()}
                 done |= fresh
                 if finished:
                     finished(list(fresh.values()))
@@ -132,7 +133,6 @@ class LocalEngine:
                 response_ids=ids_T[:length].clone(),
                 sampler_logprobs=logprobs_T[:length].clone(),
                 finish="stop" if stopped else "length",
-                text=self.student.processor.decode(ids_T[:length]),
             )
             for ids_T, logprobs_T, length, stopped in zip(
                 ids_RT, logprobs_RT, length_R.tolist(), stopped_R.tolist(), strict=True

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from uniopd_mm.config import RolloutServerConfig, SamplingConfig, TrainConfig
-from uniopd_mm.engines.base import EngineError
+from uniopd_mm.engines.base import EngineError, answered
 from uniopd_mm.errors import ConfigError
 from uniopd_mm.rollout import Group, Rollout
 from uniopd_mm.servers import (
@@ -121,7 +121,8 @@ class ServerEngine:
                 rollouts = self._rollouts(asked, future)
                 self._stop_past_share(len(groups) * n)
                 if rollouts:
-                    done[i] = replace(groups[i], rollouts=rollouts, weight_version=self.weight_version)
+                    group = replace(groups[i], weight_version=self.weight_version)
+                    done[i] = answered(self.processor, group, rollouts)
                     if finished:
                         finished([done[i]])
                 if progress:
@@ -233,7 +234,6 @@ class ServerEngine:
             response_ids=torch.tensor(answer.ids, dtype=torch.long),
             sampler_logprobs=answer.logprobs,
             finish=answer.finish,
-            text=self.processor.decode(answer.ids),
         )
 
     def _stop_past_share(self, total: int) -> None:

@@ -8,22 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from uniopd_mm.preflight.checks import served_groups
 from uniopd_mm.preflight.findings import Finding, shorten
 from uniopd_mm.processors import ProcessorError
+from uniopd_mm.processors.thoughts import prompt_tail, thinking
 from uniopd_mm.rollout import Group
 from uniopd_mm.teachers import AlignedTeacher, TeacherPool
 
 if TYPE_CHECKING:
     from uniopd_mm.processors import VLMProcessor
 
-Thinking = Literal["no", "an empty", "an open"]
-
-_TAIL_TOKENS = 64
-_EMPTY_BLOCK = re.compile(r"<(think\w*|thought)>\s*</\1>\s*$")
-_OPEN_BLOCK = re.compile(r"<(think\w*|thought)>\s*$")
 _SWITCH = "enable_thinking"
 _PROBES = ("Kfoiqrnwz", "Wuxbejtmo", "Hydcpalvg")
 
@@ -117,7 +113,7 @@ def _names(processor: VLMProcessor, ids: Sequence[int]) -> str:
 def check_thinking(student: VLMProcessor, teacher: AlignedTeacher, group: Group) -> Finding:
     """Both prompts end with the same kind of think block, or with none."""
     name = f"think block {teacher.name}"
-    tails = [_tail(student, group.encoded), _tail(teacher.processor, teacher.encode(group))]
+    tails = [prompt_tail(student, group.encoded), prompt_tail(teacher.processor, teacher.encode(group))]
     ours, theirs = map(thinking, tails)
     if ours == theirs:
         return Finding(name, f"both prompts end with {ours} think block", True, "templates")
@@ -137,17 +133,6 @@ def check_thinking(student: VLMProcessor, teacher: AlignedTeacher, group: Group)
         else f"'teachers.{teacher.name}.template={{VARIABLE: VALUE}}' for its chat template"
     )
     return Finding(name, text, None, "templates")
-
-
-def thinking(prompt: str) -> Thinking:
-    """What kind of think block a rendered prompt ends with."""
-    if _EMPTY_BLOCK.search(prompt):
-        return "an empty"
-    return "an open" if _OPEN_BLOCK.search(prompt) else "no"
-
-
-def _tail(processor: VLMProcessor, encoded: Any) -> str:
-    return "".join(processor.decode_tokens(encoded.input_ids[-_TAIL_TOKENS:]))
 
 
 def _has_switch(processor: VLMProcessor) -> bool:
