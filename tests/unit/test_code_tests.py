@@ -236,3 +236,10 @@ def test_the_expected_value_is_not_in_what_the_program_is_asked(value: Any) -> N
     (check,) = parse_checks(f"assert f(0) == {value!r}", "f")
     assert check.expression == "f(0)" and not check.statements
     assert check.holds is not None and check.holds(value)
+
+
+def test_the_form_of_apps_and_prime_is_read_as_an_answer() -> None:
+    answer = json.dumps({"inputs": ["1 2\n"], "outputs": ["3\n"]})
+    assert CodeTests.from_json(answer) == CodeTests.from_input_output(json.loads(answer))
+    with pytest.raises(DataError, match="two lists of the same length"):
+        CodeTests.from_json(json.dumps({"inputs": ["1"], "outputs": []}))

@@ -95,7 +95,8 @@ class CodeTests:
 
     @classmethod
     def from_json(cls, text: str) -> CodeTests:
-        """The tests written in ``text``; DataError says which field is wrong."""
+        """The tests written in ``text``, in this form or that of :meth:`from_input_output`; DataError says which field is
+        wrong."""
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError, TypeError) as error:
@@ -103,6 +104,8 @@ class CodeTests:
                 f"code tests are not JSON ({error}); expected {{'style': ..., 'tests': [...]}}"
             ) from None
         _expect(isinstance(fields, dict), "answer", fields, "a JSON object")
+        if "inputs" in fields:
+            return cls.from_input_output(fields)
         unknown = sorted(set(fields) - set(_FIELDS))
         _expect(not unknown, "fields", unknown, "only " + ", ".join(_FIELDS))
         style, tests = fields.get("style"), fields.get("tests")
