@@ -224,7 +224,7 @@ class SandboxConfig(Settings):
     time_limit_s: float = Field(default=10.0, gt=0)
     """Longest time for one test, where the row names none."""
     total_limit_s: float = Field(default=60.0, gt=0)
-    """Longest time for all tests of one program."""
+    """Longest time for all tests of one program, where the row names none."""
 
 
 class VerifierConfig(Settings):

@@ -101,6 +101,7 @@ def read(row: Row, preset: Preset, profile: Profile) -> Prompt:
             "fn_name": _metadata(row, name).get("func_name"),
         },
         time_limit_s=TIME_LIMIT_S,
+        total_limit_s=(TIME_LIMIT_S + 1) * len(tests) + 5,  # as its own judge
     )
     question = text_of(NAME, row, "question_content").strip()
     return Prompt(

@@ -258,3 +258,12 @@ def test_cases_of_the_benchmarks_own_judges(case: dict[str, Any]) -> None:
     attack = any(word in case["note"] for word in FOOLED)
     wanted = False if attack else case["expected"] in ("pass", 1.0)
     assert outcome.correct is wanted, outcome.reason
+
+
+def test_a_problem_may_have_its_own_limit_for_all_tests() -> None:
+    slow = "import time\ndef f(x):\n    time.sleep(0.4)\n    return x"
+    tests = [CodeTest([i], i) for i in range(3)]
+    for total_s, correct in ((0.5, False), (20.0, True)):
+        problem = CodeTests("call", tuple(tests), entry_point="f", total_limit_s=total_s)
+        outcome, reason = CodeVerifier(CONFIG).judge(problem, slow)
+        assert outcome is correct, reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from uniopd_mm.errors import UniOPDError
@@ -124,9 +124,10 @@ class Sandbox:
                 f"verifier.sandbox.allow_unsafe=true"
             )
 
-    def start(self, program: Program) -> Run:
-        """One program, ready for its tests; close it (context manager)."""
-        return Run(program, self.limits, self.level, self.landlock)
+    def start(self, program: Program, total_s: float | None = None) -> Run:
+        """One program, ready for its tests; close it (context manager).  ``total_s``: another limit for all of them."""
+        limits = self.limits if total_s is None else replace(self.limits, total_s=total_s)
+        return Run(program, limits, self.level, self.landlock)
 
 
 def expected_outputs(

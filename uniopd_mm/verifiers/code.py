@@ -80,7 +80,7 @@ class CodeVerifier(Verifier):
         """(correct, reason) of a program; None = unknown."""
         preload = MODULES if tests.setup.startswith(IMPORTS) else ()
         program = Program(code, tests.style, tests.entry_point, tests.setup, preload)
-        with self._slots, self.sandbox.start(program) as run:
+        with self._slots, self.sandbox.start(program, tests.total_limit_s) as run:
             verdicts = _asserts(tests, run) if tests.style == "assert" else _values(tests, run)
             unproven = False
             for i, (correct, reason) in enumerate(verdicts):

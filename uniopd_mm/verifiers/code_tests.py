@@ -2,6 +2,7 @@
 
     {"style": "stdin" | "call" | "assert", "compare": "exact" | "evalplus" | "livecodebench" | "prime",
      "entry_point": "solve" | null, "setup": "code put before the program", "atol": 0.0, "time_limit_s": 10.0 | null,
+     "total_limit_s": 60.0 | null,
      "tests": [{"input": ..., "output": ...}, ...]}
 
 stdin: ``input`` and ``output`` are texts.  call: ``input`` is the list of arguments, ``output`` the expected value.
@@ -50,7 +51,7 @@ IMPORTS = "\n".join(
 )
 """The ``setup`` of LiveCodeBench and PRIME: their programs may use these modules without importing them."""
 
-_FIELDS = ("style", "compare", "entry_point", "setup", "tests", "atol", "time_limit_s")
+_FIELDS = ("style", "compare", "entry_point", "setup", "tests", "atol", "time_limit_s", "total_limit_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ class CodeTests:
     """Absolute tolerance of numbers (compare evalplus)."""
     time_limit_s: float | None = None
     """Per test; None = the settings' ``verifier.sandbox.time_limit_s``."""
+    total_limit_s: float | None = None
+    """All tests together; None = the settings' ``verifier.sandbox.total_limit_s``."""
 
     def __post_init__(self) -> None:
         _expect(self.style in get_args(Style), "style", self.style, " | ".join(get_args(Style)))
@@ -86,10 +89,9 @@ class CodeTests:
         if self.style == "call":
             _expect(isinstance(name, str) and name.isidentifier(), "entry_point", name, "a function name")
         _expect(_is_number(self.atol) and self.atol >= 0, "atol", self.atol, "a number >= 0")
-        limit = self.time_limit_s
-        _expect(
-            limit is None or (_is_number(limit) and limit > 0), "time_limit_s", limit, "seconds > 0 or null"
-        )
+        for limit in ("time_limit_s", "total_limit_s"):
+            value = getattr(self, limit)
+            _expect(value is None or (_is_number(value) and value > 0), limit, value, "seconds > 0 or null")
         for i, test in enumerate(self.tests):
             _check_test(self.style, i, test)
 
