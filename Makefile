@@ -24,8 +24,9 @@ help:
 quickstart: $(VENV)/quickstart.installed
 	deepspeed $(LAUNCH_RANKS) scripts/train_mm.py $(RECIPE) $(ARGS)
 
+# Two files of tests side by side, each process with one thread.
 test: $(VENV)/dev.installed
-	OMP_NUM_THREADS=1 python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 # Tests against a real vLLM, which runs on a CPU in an environment of its own (4 GB); not part of `make test`.
 SERVERS := .venv-servers

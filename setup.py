@@ -47,6 +47,7 @@ EXTRAS = {
         "num2words",  # SmolVLM's own processor, which the tests compare with
         "pre-commit",
         "pytest",
+        "pytest-xdist",
         "qwen-vl-utils>=0.0.14",
         "ruff",
         "setuptools>=77",
