@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from uniopd_mm.prompts import load_prompts
 from uniopd_mm.testing import StubServer
+from uniopd_mm.training.run import LAUNCHER_VARIABLES
 
 N_ROWS, SAMPLES = 24, 4
 BROKEN = 2
@@ -168,6 +169,8 @@ def test_the_quickstart_trains_on_rows_balanced_for_its_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "data" / "quickstart"))
+    for name in LAUNCHER_VARIABLES:  # of a process group that another test of this process has formed
+        monkeypatch.delenv(name, raising=False)
     prepare = importlib.import_module("prepare")
     chosen = prepare.Settings(
         seed=0, train_rows=12, eval_rows=2, steps_scale=1e-9, samples=2, asked_rows=8
