@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from uniopd_mm.engines import Engine, encode_groups
 from uniopd_mm.errors import DataError, UniOPDError
+from uniopd_mm.evaluation.runner import EVALUATION_SEED
 from uniopd_mm.evaluation.samples import Sample, SampleStore
 from uniopd_mm.prompts import open_images
 from uniopd_mm.rollout import Group, Outcome, Prompt, Rollout
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from uniopd_mm.processors import VLMProcessor
     from uniopd_mm.verifiers import VerifierPool
 
-EVALUATION_SEED = 1_000_003
-"""Keeps the random numbers of evaluation apart from those of training."""
 ROUND = 8
 """Samples of one prompt that are decoded together behind it."""
 WINDOW = 16

@@ -3,13 +3,20 @@
 from uniopd_mm.models.decoding import start_decoding
 from uniopd_mm.models.loading import build_student, load_model, load_processor, load_student
 from uniopd_mm.models.logprobs import token_logprobs
-from uniopd_mm.models.scoring import pad_responses, plan_chunks, response_logprobs, split_groups
+from uniopd_mm.models.scoring import (
+    group_logprobs,
+    pad_responses,
+    plan_chunks,
+    response_logprobs,
+    split_groups,
+)
 from uniopd_mm.models.stages import stage_of, stage_parameters
 from uniopd_mm.models.wrapper import MultimodalLM
 
 __all__ = [
     "MultimodalLM",
     "build_student",
+    "group_logprobs",
     "load_model",
     "load_processor",
     "load_student",

@@ -29,6 +29,31 @@ def split_groups(groups: list[Group], max_rollouts: int) -> Iterator[list[Group]
         yield batch
 
 
+def group_logprobs(
+    model: MultimodalLM,
+    groups: list[Group],
+    encoded: list[EncodedPrompt],
+    temperature: float,
+    max_rollouts: int,
+    max_tokens: int,
+) -> list[torch.Tensor]:
+    """[T] of every rollout in order, given its group's prompt in ``encoded``; batches of at most ``max_rollouts``."""
+    values: list[torch.Tensor] = []
+    prompts = iter(encoded)
+    for batch in split_groups(groups, max_rollouts):
+        asked = [(prompt, g) for prompt, g in [(next(prompts), g) for g in batch] if g.rollouts]
+        if asked:
+            values += response_logprobs(
+                model,
+                [prompt for prompt, _ in asked],
+                [row for row, (_, g) in enumerate(asked) for _ in g.rollouts],
+                [r.response_ids for _, g in asked for r in g.rollouts],
+                temperature,
+                max_tokens,
+            )
+    return values
+
+
 def response_logprobs(
     model: MultimodalLM,
     encoded: list[EncodedPrompt],

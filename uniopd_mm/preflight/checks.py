@@ -13,7 +13,7 @@ import torch
 
 from uniopd_mm.config import RolloutConfig, TrainConfig
 from uniopd_mm.errors import AlignmentError
-from uniopd_mm.models import MultimodalLM, response_logprobs, split_groups, start_decoding
+from uniopd_mm.models import MultimodalLM, group_logprobs, start_decoding
 from uniopd_mm.preflight.findings import Finding
 from uniopd_mm.rollout import Group, Prompt, fill
 from uniopd_mm.teachers import AlignedTeacher, RemoteTeacher, TeacherPool
@@ -72,20 +72,16 @@ def score_student(
     student: MultimodalLM, groups: list[Group], config: TrainConfig, temperature: float
 ) -> list[Group]:
     """``student_logprobs`` by the trainer's own forward pass, whoever sampled."""
-    scored: list[Group] = []
     with torch.no_grad():
-        for batch in split_groups(groups, config.rollout.concurrent_rollouts):
-            flat = [(i, r.response_ids) for i, g in enumerate(batch) for r in g.rollouts]
-            values = response_logprobs(
-                student,
-                [g.encoded for g in batch],
-                [i for i, _ in flat],
-                [ids for _, ids in flat],
-                temperature,
-                config.distributed.micro_tokens,
-            )
-            scored += fill(batch, "student_logprobs", values)
-    return scored
+        values = group_logprobs(
+            student,
+            groups,
+            [g.encoded for g in groups],
+            temperature,
+            config.rollout.concurrent_rollouts,
+            config.distributed.micro_tokens,
+        )
+    return fill(groups, "student_logprobs", values)
 
 
 # ---------------------------------------------------------------------- teachers

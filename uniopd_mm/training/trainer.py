@@ -21,11 +21,10 @@ from uniopd_mm.errors import ConfigError
 from uniopd_mm.loss import loss_denominators, policy_loss
 from uniopd_mm.models import (
     MultimodalLM,
+    group_logprobs,
     load_student,
     pad_responses,
     plan_chunks,
-    response_logprobs,
-    split_groups,
     stage_parameters,
 )
 from uniopd_mm.rollout import Group, Prompt, Rollout, fill
@@ -130,21 +129,11 @@ class Trainer:
 
     def _logprobs(self, groups: list[Group], encoded: list[EncodedPrompt]) -> list[Tensor]:
         """[T] of every rollout in order, given its group's prompt."""
-        values: list[Tensor] = []
-        prompts = iter(encoded)
-        for batch in split_groups(groups, self.config.rollout.concurrent_rollouts):
-            asked = [(next(prompts), g) for g in batch]
-            asked = [(prompt, g) for prompt, g in asked if g.rollouts]
-            if asked:
-                values += response_logprobs(
-                    self.student,
-                    [prompt for prompt, _ in asked],
-                    [row for row, (_, g) in enumerate(asked) for _ in g.rollouts],
-                    [r.response_ids for _, g in asked for r in g.rollouts],
-                    self.config.loss.score_temperature,
-                    self.config.distributed.micro_tokens,
-                )
-        return values
+        rollout, micro_tokens = self.config.rollout, self.config.distributed.micro_tokens
+        temperature = self.config.loss.score_temperature
+        return group_logprobs(
+            self.student, groups, encoded, temperature, rollout.concurrent_rollouts, micro_tokens
+        )
 
     # ------------------------------------------------------------------ update
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
+from uniopd_mm.verifiers.extract import outside_reasoning
 
-_REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>", re.IGNORECASE)
 _PYTHON = ("python", "python3", "py")
 
 
@@ -24,7 +23,7 @@ def extract_code(text: str, profile: str = "strict") -> str | None:
     elif profile == "evalplus":
         code = max((code for _, code in code_blocks(text)), key=len, default=text)
     else:
-        code = _last_python(code_blocks(_without_reasoning(text)))
+        code = _last_python(code_blocks(outside_reasoning(text)))
     return code if code.strip() else None
 
 
@@ -49,18 +48,3 @@ def code_blocks(text: str) -> list[tuple[str, str]]:
         elif mark.strip("`").strip().lower() in _PYTHON:  # the block before it was never closed
             opened, language = i, mark.strip("`").strip().lower()
     return blocks
-
-
-def _without_reasoning(text: str) -> str:
-    """The text outside reasoning tags; an unclosed one hides all that follows, a lone closing one all before it."""
-    pieces: list[str] = []
-    start, hidden = 0, False
-    for tag in _REASONING.finditer(text):
-        if tag[1]:
-            if not hidden:
-                pieces.clear()
-            start, hidden = tag.end(), False
-        elif not hidden:
-            pieces.append(text[start : tag.start()])
-            hidden = True
-    return "\n".join(pieces if hidden else [*pieces, text[start:]])

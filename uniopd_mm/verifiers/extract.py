@@ -68,8 +68,12 @@ def _fold_char(char: str) -> str:
 
 
 def visible(text: str) -> str:
-    """The folded text outside reasoning blocks.  An unclosed <think> hides all that follows, a lone </think> all before."""
-    text = fold(text)
+    """The folded text outside reasoning blocks."""
+    return outside_reasoning(fold(text))[-MAX_CHARS:]
+
+
+def outside_reasoning(text: str) -> str:
+    """The text outside reasoning blocks.  An unclosed <think> hides all that follows, a lone </think> all before."""
     pieces: list[str] = []
     start, hidden = 0, False
     for tag in _REASONING.finditer(text):
@@ -80,9 +84,7 @@ def visible(text: str) -> str:
         elif not hidden:
             pieces.append(text[start : tag.start()])
             hidden = True
-    if not hidden:
-        pieces.append(text[start:])
-    return "\n".join(pieces)[-MAX_CHARS:]
+    return "\n".join(pieces if hidden else [*pieces, text[start:]])
 
 
 def last_boxed(text: str) -> str | None:
