@@ -34,6 +34,7 @@ sys.path.insert(
 
 from uniopd_mm.config import JudgeConfig, ModelConfig, RolloutServerConfig, SandboxConfig, VerifierConfig
 from uniopd_mm.errors import ConfigError, UniOPDError
+from uniopd_mm.training.arguments import at_least
 from uniopd_mm.training.launch import error_message, prepare_environment
 
 if TYPE_CHECKING:
@@ -373,7 +374,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="folder with the public files, one sub-folder per benchmark; default: the hub",
     )
     what.add_argument("--split", help="another split than the benchmark's own")
-    what.add_argument("--limit", type=positive, help="only the first rows")
+    what.add_argument("--limit", type=at_least(1), help="only the first rows")
     what.add_argument("--list", action="store_true", help="list benchmarks and groups")
     how = parser.add_argument_group("how to ask")
     how.add_argument(
@@ -385,7 +386,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--samples",
         "--n",
         dest="n",
-        type=positive,
+        type=at_least(1),
         help="per row; default: the preset's (behind the deepspeed command only --samples: it takes --n for its own)",
     )
     how.add_argument(
@@ -393,7 +394,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument("--top-p", type=float)
     how.add_argument("--top-k", type=int)
-    how.add_argument("--max-new-tokens", type=positive)
+    how.add_argument("--max-new-tokens", type=at_least(1))
     how.add_argument(
         "--template",
         action="append",
@@ -401,8 +402,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="variable of the chat template, e.g. enable_thinking=false",
     )
-    how.add_argument("--min-pixels", type=positive, help="smallest image area after resizing")
-    how.add_argument("--max-pixels", type=positive, help="largest image area after resizing")
+    how.add_argument("--min-pixels", type=at_least(1), help="smallest image area after resizing")
+    how.add_argument("--max-pixels", type=at_least(1), help="largest image area after resizing")
     how.add_argument("--seed", type=int, default=0)
     score = parser.add_argument_group("how to score")
     score.add_argument(
@@ -445,7 +446,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     where.add_argument("--revision", help="of a hub id")
     where.add_argument(
-        "--batch", type=positive, default=64, help="prompts answered together (default %(default)s)"
+        "--batch", type=at_least(1), default=64, help="prompts answered together (default %(default)s)"
     )
     where.add_argument(
         "--server",
@@ -480,13 +481,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ConfigError("which model? Give --model FOLDER (or a hub id); --help shows examples")
     args.template = dict(map(template_value, args.template))
     return args
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 if __name__ == "__main__":

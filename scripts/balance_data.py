@@ -23,7 +23,7 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,7 +45,8 @@ from uniopd_mm.difficulty import (
     upsampled,
 )
 from uniopd_mm.errors import ConfigError, UniOPDError
-from uniopd_mm.settings import describe, load_config
+from uniopd_mm.settings import load_config
+from uniopd_mm.training.arguments import at_least, recipe_parser
 from uniopd_mm.training.launch import StopRequest, error_message, prepare_environment
 
 if TYPE_CHECKING:
@@ -348,15 +349,7 @@ def say(world: World, text: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="settings (key=value):\n" + describe(TrainConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", help="YAML file; scripts/recipes/ has complete ones")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
-    )
+    parser = recipe_parser(__doc__)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for manifest, picture and answers")
     parser.add_argument(
         "--samples",
@@ -381,18 +374,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=50, help="default %(default)s")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     return parser.parse_intermixed_args()
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argument's type: a whole number that is not smaller."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return number
 
 
 if __name__ == "__main__":

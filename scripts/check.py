@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 
 from uniopd_mm.config import TrainConfig
 from uniopd_mm.errors import UniOPDError
-from uniopd_mm.settings import describe, load_config
+from uniopd_mm.settings import load_config
+from uniopd_mm.training.arguments import at_least, recipe_parser
 from uniopd_mm.training.launch import StopRequest, error_message, prepare_environment
 
 TOPICS = ("data", "models", "templates", "alignment", "sampling", "grounding")
@@ -42,25 +43,10 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="settings (key=value):\n" + describe(TrainConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", help="YAML file; scripts/recipes/ has complete ones")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
-    )
+    parser = recipe_parser(__doc__)
     parser.add_argument("--only", choices=TOPICS, help="one topic instead of all")
-    parser.add_argument("--prompts", type=positive, metavar="N", help="prompts to look at (default 16)")
+    parser.add_argument("--prompts", type=at_least(1), metavar="N", help="prompts to look at (default 16)")
     return parser.parse_intermixed_args()
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 if __name__ == "__main__":

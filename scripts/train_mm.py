@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 
 from uniopd_mm.config import TrainConfig
 from uniopd_mm.errors import UniOPDError
-from uniopd_mm.settings import describe, load_config
+from uniopd_mm.settings import load_config
+from uniopd_mm.training.arguments import recipe_parser
 from uniopd_mm.training.launch import StopRequest, error_message, prepare_environment
 
 
@@ -61,15 +62,7 @@ def train(run) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="settings (key=value):\n" + describe(TrainConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", help="YAML file; scripts/recipes/ has complete ones")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
-    )
+    parser = recipe_parser(__doc__)
     parser.add_argument(
         "--check", action="store_true", help="check settings, data, templates and alignment; no training"
     )

@@ -39,7 +39,7 @@ _ADVICE_BY_TEXT = (
         "V2 model runner",
         "Start the server with VLLM_USE_V2_MODEL_RUNNER=1, or don't ask for the sparse route.",
     ),
-    ("max_num_seqs", "Start the server with a --max-num-seqs of rollout.n at least."),
+    ("max_num_seqs", "Start the server with a --max-num-seqs of at least rollout.n (8 for evaluations)."),
     ("max allowed", "Start the server with a larger --max-logprobs."),
     ("context length", "Start the server with a larger --max-model-len, or sample shorter responses."),
     ("does not exist", "Set server.model to the name it serves (GET /v1/models lists it), or leave it out."),
