@@ -34,6 +34,7 @@ sys.path.insert(
 
 from uniopd_mm.config import JudgeConfig, ModelConfig, RolloutServerConfig, SandboxConfig, VerifierConfig
 from uniopd_mm.errors import ConfigError, UniOPDError
+from uniopd_mm.settings import from_options
 from uniopd_mm.training.arguments import at_least
 from uniopd_mm.training.launch import error_message, prepare_environment
 
@@ -56,12 +57,21 @@ def main() -> int:
         prepare_environment()
 
     from uniopd_mm.distributed import close_world
+    from uniopd_mm.evaluation.folder import require_writable
+    from uniopd_mm.evaluation.references import require_published
     from uniopd_mm.evaluation.samples import read_samples
-    from uniopd_mm.evaluation.session import score_task, write_found
+    from uniopd_mm.evaluation.session import check_golds, score_task, write_found
     from uniopd_mm.verifiers import VerifierPool
 
     requests = plan_scoring(args) if args.score_only else plan(args)
+    require_writable(out_folder(args))
+    if args.reference:
+        require_published(ROOT / "eval" / "reference.yaml", args.reference)
     world = start_world(args)
+    if not (world.is_main and sys.stderr.isatty()):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     results: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         verifiers = stack.enter_context(VerifierPool(verifier_config(args, requests, world)))
@@ -70,6 +80,8 @@ def main() -> int:
         for request in requests:
             task = request.load()
             say(world, "\n".join(describe(task, request)))
+            for problem in check_golds(task, verifiers, world):
+                say(world, f"  unusable gold answer, counted as unknown: {problem}")
             if answerer is None:
                 assert request.saved is not None
                 sampled, samples = saved_settings(request), read_samples(request.saved)
@@ -189,7 +201,8 @@ def make_answerer(args: argparse.Namespace, world: World) -> Answerer:
     """The model, or the servers that have it."""
     from uniopd_mm.evaluation.session import Answerer
 
-    model = ModelConfig(
+    model = from_options(
+        ModelConfig,
         model=args.model,
         revision=args.revision,
         dtype=args.dtype,
@@ -199,12 +212,15 @@ def make_answerer(args: argparse.Namespace, world: World) -> Answerer:
     )
     server = None
     if args.server:
-        server = RolloutServerConfig(
+        server = from_options(
+            RolloutServerConfig,
+            "--server-",
             kind=args.server_kind,
             urls=args.server,
             model=args.server_model,
-            api_key_env=args.api_key_env,
-            timeout_s=args.server_timeout,
+            api_key_env=args.server_api_key_env,
+            timeout_s=args.server_timeout_s,
+            max_failed_share=args.server_max_failed_share,
             sync="never",
         )
     return Answerer(model, world, server, args.batch, args.seed, args.fresh)
@@ -217,7 +233,15 @@ def verifier_config(args: argparse.Namespace, requests: Sequence[Request], world
     """
     judge = None
     if args.judge:
-        judge = JudgeConfig(url=args.judge, model=args.judge_model, api_key_env=args.judge_key_env)
+        if not args.judge.startswith(("http://", "https://")):
+            raise ConfigError(f"--judge {args.judge}: a judge has a URL like http://10.0.0.5:8000")
+        judge = from_options(
+            JudgeConfig,
+            "--judge-",
+            url=args.judge,
+            model=args.judge_model,
+            api_key_env=args.judge_api_key_env,
+        )
     runs_code = any(request.benchmark and request.benchmark.domain == "code" for request in requests)
     if runs_code:
         from uniopd_mm.sandbox import describe as describe_sandbox
@@ -380,7 +404,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--preset",
         default="paper",
-        help="paper = the published protocol (default); quick = fewer rows, shorter answers",
+        help="paper = the published protocol (default); quick = fewer rows, shorter answers; own = the words of the "
+        "benchmark's authors (code)",
     )
     how.add_argument(
         "--samples",
@@ -419,7 +444,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--judge", metavar="URL", help="OpenAI-compatible server of a judge, where a benchmark needs one"
     )
     score.add_argument("--judge-model", help="its model; default: the only one it serves")
-    score.add_argument("--judge-key-env", metavar="NAME", help="environment variable with its API key")
+    score.add_argument("--judge-api-key-env", metavar="NAME", help="environment variable with its API key")
     score.add_argument(
         "--allow-unsafe-code",
         action="store_true",
@@ -463,9 +488,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     where.add_argument("--server-model", help="name under which it serves the model; default: the only one")
     where.add_argument(
-        "--server-timeout", type=float, default=1800.0, help="seconds for one request (default %(default)s)"
+        "--server-timeout-s", type=float, default=1800.0, help="seconds for one request (default %(default)s)"
     )
-    where.add_argument("--api-key-env", metavar="NAME", help="environment variable with the servers' API key")
+    where.add_argument(
+        "--server-max-failed-share",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="of the answers asked for together; past it the run stops (default %(default)s)",
+    )
+    where.add_argument(
+        "--server-api-key-env", metavar="NAME", help="environment variable with the servers' API key"
+    )
     where.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     two = parser.add_argument_group("two runs")
     two.add_argument(
@@ -485,8 +519,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
     except UniOPDError as error:
         sys.exit(error_message(error))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is left to flush has nowhere to go
+        sys.exit(1)

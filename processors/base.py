@@ -25,6 +25,8 @@ from uniopd_mm.processors.images import (
 from uniopd_mm.processors.tokens import encode_as_plain_text, find_vision_tokens, split_decode
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from PIL.Image import Image
     from torch import Tensor
 
@@ -112,6 +114,14 @@ class VLMProcessor:
     def from_pretrained(cls, path_or_id: str | Path, **options: Any) -> VLMProcessor:
         """Adapter from a model folder or hub id; options as in :func:`get_processor`."""
         return cls(path_or_id, **options)
+
+    def with_template(self, variables: Mapping[str, Any]) -> Self:
+        """The same processor with more variables of the chat template; its own win.  Templates ignore what they do not
+        know."""
+        changed = copy.copy(self)
+        merged = {**variables, **self.template.variables}
+        changed.template = chat.ChatTemplate(self.tokenizer, self.template.source, merged, self.image_slot)
+        return changed
 
     # ---- family: what differs between families
 

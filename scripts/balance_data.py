@@ -45,7 +45,7 @@ from uniopd_mm.difficulty import (
     upsampled,
 )
 from uniopd_mm.errors import ConfigError, UniOPDError
-from uniopd_mm.settings import load_config
+from uniopd_mm.settings import from_options, load_config
 from uniopd_mm.training.arguments import at_least, recipe_parser
 from uniopd_mm.training.launch import StopRequest, error_message, prepare_environment
 
@@ -84,17 +84,20 @@ def main() -> int:
     args = parse_args()
     config = load_config(TrainConfig, args.recipe, args.overrides)
     require_student(config)
+    sampling = sampling_of(args, config)
     prepare_environment()
     stop = StopRequest()
     import torch  # from here on
     from transformers.utils.logging import disable_progress_bar
 
     from uniopd_mm.distributed import World, close_world, init_world
+    from uniopd_mm.evaluation.folder import require_writable
     from uniopd_mm.prompts import load_prompts
     from uniopd_mm.prompts.manifest import row_digests, write_manifest
     from uniopd_mm.teachers.pool import served_domains
     from uniopd_mm.verifiers import verifier_names
 
+    require_writable(Path(args.out))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_launched = args.local_rank is not None or "LOCAL_RANK" in os.environ
     world = init_world(config.distributed.timeout_s) if is_launched else World(0, 1, 0, device)
@@ -113,13 +116,6 @@ def main() -> int:
     say(
         world,
         f"{len(prompts)} prompts, {len(chosen)} of them answered {args.samples} times by {config.student.model}",
-    )
-    sampling = SamplingConfig(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        max_new_tokens=config.rollout.max_new_tokens,
-        stop_token_ids=config.rollout.stop_token_ids,
     )
     outcomes = answer(config, args, sampling, prompts, chosen, digests, world, stop)
     require_known(outcomes, config.verifier.max_unknown_share)
@@ -141,6 +137,18 @@ def main() -> int:
         print(f"train with: deepspeed scripts/train_mm.py {args.recipe} data.train={manifest}", flush=True)
     close_world()
     return 0
+
+
+def sampling_of(args: argparse.Namespace, config: TrainConfig) -> SamplingConfig:
+    """How the student is asked; ConfigError for what cannot be."""
+    return from_options(
+        SamplingConfig,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        max_new_tokens=config.rollout.max_new_tokens,
+        stop_token_ids=config.rollout.stop_token_ids,
+    )
 
 
 def require_student(config: TrainConfig) -> None:
@@ -300,12 +308,10 @@ def table(result: Balanced) -> list[str]:
     chosen = upsampled(result.kind, n)
     what = f"repeated: {chosen[0]}..{chosen[-1]}, at most {CAP} times" if chosen else "nothing is repeated"
     asked = "" if result.kind == shape.kind else f"as asked, balanced as {SHAPES[result.kind]}; "
-    lines += [
-        "",
-        f"{SHAPES[shape.kind]}: bin 0 is {shape.low:.1f} and bin {n} is {shape.high:.1f} times the mean of those between, "
-        f"trend {shape.trend:+.2f}; {asked}{what}",
-    ]
-    return lines
+    ends = f"bin 0 is {shape.low:.1f} and bin {n} is {shape.high:.1f} times the mean of those between"
+    if not sum(result.before[1:-1]):
+        ends = "nothing is between the ends"
+    return [*lines, "", f"{SHAPES[shape.kind]}: {ends}, trend {shape.trend:+.2f}; {asked}{what}"]
 
 
 def _share(part: int, whole: int) -> str:

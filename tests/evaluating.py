@@ -49,11 +49,17 @@ class Engine:
     matches_trainer = True
 
     def __init__(
-        self, stop_after: int | None = None, lose: Callable[[Group, int], bool] | None = None
+        self,
+        stop_after: int | None = None,
+        lose: Callable[[Group, int], bool] | None = None,
+        context: int | None = None,
     ) -> None:
         self.stop_after, self.lose = stop_after, lose or (lambda group, index: False)
         self.failed: list[str] = []
+        self.context = context
         self.calls: list[tuple[list[str], int]] = []
+        self.limits: list[int] = []
+        """``max_new_tokens`` of each call."""
 
     def sample(
         self,
@@ -65,6 +71,7 @@ class Engine:
         finished: Callable[[list[Group]], None] | None = None,
     ) -> list[Group]:
         self.calls.append(([group.prompt.id for group in groups], n))
+        self.limits.append(sampling.max_new_tokens)
         self.failed, done = [], []
         for group in groups:
             if self.stop_after == 0:
@@ -81,4 +88,5 @@ class Engine:
 
     def _rollout(self, seed: tuple[int, ...], group: Group, index: int) -> Rollout:
         number = int(rollout_uniforms(seed, group.slot, index, 1)[0] * 1e9)
-        return Rollout(torch.tensor([1, 2]), torch.zeros(2), "stop", text=f"{group.prompt.id} {number}")
+        text = f"{group.prompt.id} {number}"
+        return Rollout(torch.tensor([1, 2]), torch.zeros(2), "stop", text, index=index)

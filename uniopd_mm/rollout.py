@@ -29,7 +29,8 @@ class Prompt:
     messages: tuple[Message, ...]
     """Chat turns; the k-th ``{"type": "image"}`` part stands for ``images[k]``."""
     images: tuple[Any, ...] = ()
-    """Each a path, bytes, base64 / data-URI string or PIL image; opened late by ``prompts.open_images``."""
+    """Each a path, bytes, base64 / data-URI string, PIL image, or a function that gives one of these; opened late by
+    ``prompts.open_images``."""
     image_text: tuple[str, ...] | None = None
     """One textual description per image, for teachers that do not see (view ``text``)."""
     answer: str | list[str] | None = None
@@ -63,6 +64,8 @@ class Rollout:
     finish: Literal["stop", "length", "error"]
     text: str = ""
     """The decoded response without special tokens, behind the ``<think>`` that the prompt opened for it, if it did."""
+    index: int = 0
+    """Which of the answers asked for it is, from 0; others of its group may be missing.  Its random numbers are its own."""
     student_logprobs: Tensor | None = None
     """[T] float32 of the weights that sampled, scored by the trainer's own forward pass at ``score_temperature``."""
     baseline_logprobs: Tensor | None = None

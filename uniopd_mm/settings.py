@@ -53,6 +53,19 @@ def load_config(cls: type[C], recipe: str | Path | None, overrides: Sequence[str
     return config
 
 
+def from_options(cls: type[C], prefix: str = "--", **values: Any) -> C:
+    """Settings given as options of a command, named ``prefix`` and the setting; all problems as one ConfigError."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise ConfigError(
+            "; ".join(
+                f"{prefix}{str(e['loc'][0]).replace('_', '-')} {e['input']}: {e['msg']}" for e in problems
+            )
+        ) from error
+
+
 def dump_config(config: Settings) -> str:
     """The resolved settings as YAML; ``load_config`` reads it back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -35,7 +35,7 @@ from task import DOMAINS, draw_strips, picture, rows
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-CODE = ("task.py", "tiny_models.py", "supervised.py", "prepare.py")
+CODE = ("task.py", "tiny_models.py", "supervised.py", "prepare.py", "../../uniopd_mm/prompts/manifest.py")
 """Files whose content decides the result: a changed one makes the kept parts stale."""
 TEACHERS = {"teacher_vlm": "read", "teacher_text": "arithmetic"}
 """Teacher -> the domain it serves; both are trained on all questions."""

@@ -5,20 +5,8 @@ from __future__ import annotations
 from uniopd_mm.errors import DataError
 from uniopd_mm.evaluation.benchmark import Benchmark, Preset, Profile, Row, Source
 from uniopd_mm.rollout import Prompt
-from uniopd_mm.verifiers import recipe, register_verifier
-from uniopd_mm.verifiers.document import DocumentVerifier
 
 from ._image import ANALYSIS, image_prompt, presets, text_of, verifier_of
-
-
-@register_verifier("document_reasoning")
-class ReasoningDocumentVerifier(DocumentVerifier):
-    """lmms-eval's docvqa and infovqa reasoning tasks: ANLS of the answer that the recipe finds in the response."""
-
-    profiles = ("upstream",)
-
-    def extract(self, prompt: Prompt, text: str) -> str | None:
-        return recipe.extract(text).strip()
 
 
 def document_benchmark(name: str, title: str, subset: str, n_rows: int) -> Benchmark:
@@ -39,7 +27,7 @@ def document_benchmark(name: str, title: str, subset: str, n_rows: int) -> Bench
             row["image"],
             answers,
             "chart_document",
-            verifier_of(profile, preset, "document", "document:upstream", "document_reasoning"),
+            verifier_of(profile, preset, "document", "lmms_eval:docvqa", "lmms_eval:docvqa_reasoning"),
         )
 
     return Benchmark(

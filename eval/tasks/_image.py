@@ -35,7 +35,7 @@ ANALYSIS = (
     "addresses to question."
 )
 """The default that its chartqa, docvqa and infovqa reasoning tasks get instead."""
-RECIPE = "recipe:lmms_eval"
+RECIPE = "lmms_eval:reasoning"
 REASONING_TOKENS = 49152
 QUICK_ROWS = 100
 BY_LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -1,7 +1,6 @@
 r"""Competition mathematics: problems with one answer in ``\boxed{}``, many samples, micro-averaged.
 
-The protocol is G-OPD's (its ``data/*/test.jsonl`` and evaluation scripts), on which Uni-OPD's text numbers rest.  Its chat
-template runs with ``enable_thinking=False``: for a model whose template has that switch, switch thinking off.
+The protocol is G-OPD's (its ``data/*/test.jsonl`` and evaluation scripts), on which Uni-OPD's text numbers rest.
 """
 
 from __future__ import annotations
@@ -13,18 +12,22 @@ from uniopd_mm.evaluation.benchmark import Benchmark, Preset, Profile, Row, Scor
 from uniopd_mm.rollout import Prompt
 from uniopd_mm.verifiers.metrics import avg_at_k, cov_at_k, maj_at_k
 
-from ._text import row_id, text_of, turns, zero_filled
+from ._text import NO_THINKING, row_id, text_of, turns, zero_filled
 
 PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 PRESETS = {
     "paper": Preset(
-        sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=16384), n=32, prompt=PROMPT
+        sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=16384),
+        n=32,
+        prompt=PROMPT,
+        template=NO_THINKING,
     ),
     "quick": Preset(
         sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=4096),
         n=2,
         prompt=PROMPT,
+        template=NO_THINKING,
         limit=10,
     ),
 }

@@ -9,6 +9,9 @@ from uniopd_mm.errors import DataError
 from uniopd_mm.evaluation.benchmark import Preset, Row, Scores
 from uniopd_mm.rollout import Message
 
+NO_THINKING = {"enable_thinking": False}
+"""G-OPD, on which the paper's text numbers rest, switches the thinking of chat templates off."""
+
 
 def turns(preset: Preset, **fields: str) -> tuple[Message, ...]:
     """The preset's turns with its fields filled in."""

@@ -24,7 +24,7 @@ def read(row: Row, preset: Preset, profile: Profile) -> Prompt:
         row["image"],
         list(options)[int(index)],
         "chart_document",
-        verifier_of(profile, preset, "choice", "choice:upstream_ai2d"),
+        verifier_of(profile, preset, "choice", "lmms_eval:ai2d"),
     )
 
 

@@ -25,7 +25,7 @@ def read(row: Row, preset: Preset, profile: Profile) -> Prompt:
         row["image"],
         text_of(name, row, "answer"),
         "chart_document",
-        verifier_of(profile, preset, "chart", "chart:upstream"),
+        verifier_of(profile, preset, "chart", "lmms_eval:chartqa"),
     )
 
 

@@ -40,7 +40,7 @@ def read(row: Row, preset: Preset, profile: Profile) -> Prompt:
         row["decoded_image"],
         text_of(name, row, "ground_truth").strip(),
         "image_math",
-        verifier_of(profile, preset, "dynamath", "dynamath:upstream", "dynamath:upstream_lmms_eval"),
+        verifier_of(profile, preset, "dynamath", "dynamath:upstream"),
     )
 
 

@@ -35,7 +35,7 @@ def read(row: Row, preset: Preset, profile: Profile) -> Prompt:
         row["decoded_image"],
         answer,
         "image_math",
-        verifier_of(profile, preset, "mathvision", "mathvision:upstream"),
+        verifier_of(profile, preset, "mathvision", "lmms_eval:mathvision"),
         marker="<image1>",
     )
 

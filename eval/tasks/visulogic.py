@@ -24,7 +24,7 @@ def read(row: Row, preset: Preset, profile: Profile) -> Prompt:
         row.get("image_path", row.get("image")),
         text_of(name, row, "label").strip(),
         "image_logic",
-        verifier_of(profile, preset, "choice", "choice:upstream_visulogic"),
+        verifier_of(profile, preset, "choice", "lmms_eval:visulogic"),
     )
 
 

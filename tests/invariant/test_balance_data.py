@@ -165,6 +165,19 @@ def test_a_student_that_is_not_made_yet_is_said_to_be_missing(recipe: Path) -> N
     assert "make it" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--temperature", "-1"), "--temperature -1.0: Input should be greater"),
+        (("--top-p", "2"), "--top-p 2.0"),
+        (("--out", str(ROOT / "README.md")), "README.md: File exists. Give a folder"),
+    ],
+)
+def test_a_bad_command_says_what_to_type(recipe: Path, arguments: tuple[str, str], message: str) -> None:
+    done = balance(recipe, recipe.parent / "bad", *arguments)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_quickstart_trains_on_rows_balanced_for_its_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

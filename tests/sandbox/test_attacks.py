@@ -10,13 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
-from attacks import CALLS, SCRIPTS
+from attacks import CALLS as FUNCTIONS
+from attacks import SCRIPTS as PROGRAMS
+from system_attacks import KERNEL, LEFT_BY_A_TEST, OUTPUT, RESULTS
 from watching import left_processes, temporary_folders
 
 from uniopd_mm.config import SandboxConfig, VerifierConfig
 from uniopd_mm.sandbox import detect, run
 from uniopd_mm.verifiers.code import CodeTest, CodeTests, CodeVerifier
 
+CALLS = FUNCTIONS | KERNEL | RESULTS
+SCRIPTS = PROGRAMS | OUTPUT
 LIMIT_S = 0.3
 HANG_S = 1.0
 COMPARES = ("evalplus", "livecodebench", "exact", "prime")
@@ -135,6 +139,14 @@ def test_a_script_that_cannot_know_the_output_is_incorrect(
     compare = COMPARES[list(SCRIPTS).index(name) % len(COMPARES)]
     tests = tuple(CodeTest(f"{x}\n", f"{value}\n") for x, value in target.values.items())
     attack(verifier, CodeTests("stdin", tests, compare, time_limit_s=LIMIT_S), SCRIPTS[name], target)
+
+
+@pytest.mark.skipif(detect().level < 2, reason=detect().describe())
+@pytest.mark.parametrize("what", LEFT_BY_A_TEST)
+def test_a_test_of_a_script_finds_nothing_of_the_test_before(what: str, verifier: CodeVerifier) -> None:
+    tests = CodeTests("stdin", (CodeTest("", "clean"),) * 3, time_limit_s=2.0)
+    assert verifier.judge(tests, LEFT_BY_A_TEST[what]) == (True, "passed 3 tests")
+    assert not left_processes()
 
 
 @pytest.mark.parametrize("compare", COMPARES)

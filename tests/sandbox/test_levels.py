@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -52,7 +53,12 @@ def test_a_right_program_passes_at_every_level(level: int) -> None:
 def test_less_than_level_2_is_refused_unless_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SandboxError, match="--allow-unsafe-code") as refused:
         Sandbox(level=1)
-    assert "verifier.sandbox.allow_unsafe=true" in str(refused.value)
+    for words in (
+        "verifier.sandbox.allow_unsafe=true",
+        "seccomp=unconfined",
+        "sysctl -w user.max_user_namespaces",
+    ):
+        assert words in str(refused.value)
     monkeypatch.setattr(levels, "_found", levels.Isolation(1, False, {2: "unshare: Operation not permitted"}))
     assert "UNSAFE" in describe() and "unshare: Operation not permitted" in describe()
     with pytest.raises(VerifierError, match="--allow-unsafe-code"):
@@ -60,12 +66,109 @@ def test_less_than_level_2_is_refused_unless_allowed(monkeypatch: pytest.MonkeyP
     assert get_verifier("code", VerifierConfig(sandbox=SandboxConfig(allow_unsafe=True))).sandbox.level == 1
 
 
+def test_a_reason_that_is_the_same_for_two_levels_is_told_once() -> None:
+    line = levels.Isolation(1, False, {3: "unshare: no", 2: "unshare: no"}).describe()
+    assert line.endswith("; no level 2 or 3: unshare: no")
+
+
+def test_without_a_place_for_temporary_files_the_lower_levels_do_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def nowhere(**_: object) -> str:
+        raise FileNotFoundError("No usable temporary directory")
+
+    monkeypatch.setattr("tempfile.mkdtemp", nowhere)
+    assert "temporary directory" in str(run("def f(): return 1", 1))
+    if detect().level >= 2:
+        assert run("def f(): return 1", detect().level) == Success(1)
+
+
+def test_a_nursery_that_was_killed_is_replaced() -> None:
+    from uniopd_mm.sandbox.nursery import NURSERY
+
+    assert run("def f(): return 1", 3) == Success(1)
+    assert NURSERY._process is not None
+    for end in (NURSERY._process.kill, NURSERY.close):
+        end()
+        assert run("def f(): return 1", 3) == Success(1)
+
+
+def test_a_program_goes_on_when_its_nursery_ends() -> None:
+    from uniopd_mm.sandbox.nursery import NURSERY
+
+    with Sandbox(allow_unsafe=True).start(Program("def f(x): return x", entry_point="f")) as program:
+        NURSERY.close()
+        assert program.test([1]) == Success(1)
+    assert not left_processes()
+
+
+def test_a_copy_of_our_process_starts_its_own_nursery() -> None:
+    script = (
+        "import os\nfrom uniopd_mm.sandbox import *\n"
+        "def f(): return Sandbox(allow_unsafe=True).start(Program('def f(x): return x', entry_point='f'))\n"
+        "with f() as a:\n    pid = os.fork()\n"
+        "    if pid == 0:\n        with f() as b: os._exit(0 if b.test([2]) == Success(2) else 1)\n"
+        "    assert os.waitpid(pid, 0)[1] == 0 and a.test([1]) == Success(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+REFUSED = """
+import ctypes, errno, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+def f(number, *arguments):
+    result = libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))
+    return result if result >= 0 else errno.errorcode[ctypes.get_errno()]
+"""
+
+
+@needs_2
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of x86_64")
+@pytest.mark.parametrize(
+    "call",
+    [(101, 0), (250, 0, -3, 1), (248, 0, 0, 0, 0, -4), (29, 7, 4096, 0o1600), (272, 0x10000000), (425, 8, 0), (323, 1),
+     (321, 5, 0, 0), (135, 0xFFFFFFFF), (56, 0x10000011, 0, 0, 0, 0), (56, 0x20011, 0, 0, 0, 0), (41, 40, 1, 0),
+     (41, 38, 5, 0), (0x40000000 + 39,)],
+    ids=["ptrace", "keyctl", "add_key", "shmget", "unshare", "io_uring", "userfaultfd", "bpf", "personality", "clone_user", "clone_mount", "vsock", "alg", "x32"],
+)  # fmt: skip
+def test_calls_that_no_right_program_needs_are_refused(call: tuple[int, ...]) -> None:
+    assert run(REFUSED, detect().level, *call) == Success("EPERM")
+
+
+@needs_2
+def test_a_newer_clone_is_said_not_to_exist_so_that_the_older_is_used() -> None:
+    if os.uname().machine == "x86_64":
+        assert run(REFUSED, detect().level, 435, 0, 0) == Success("ENOSYS")
+    source = "import os, socket, threading\ndef f():\n    t = threading.Thread(target=print); t.start(); t.join()\n"
+    source += "    if os.fork() == 0: os._exit(7)\n    s = socket.socketpair(); s[0].send(b'x')\n"
+    source += "    return [os.waitstatus_to_exitcode(os.wait()[1]), s[1].recv(1)]"
+    assert run(source, detect().level) == Success([7, b"x"])
+
+
+def test_a_program_has_no_open_files_but_its_own() -> None:
+    source = "import fcntl\ndef f():\n    out = []\n    for fd in range(1024):\n"
+    source += (
+        "        try: fcntl.fcntl(fd, 1); out.append(fd)\n        except OSError: pass\n    return len(out)"
+    )
+    for level in range(detect().level + 1):
+        assert run(source, level) == Success(5)  # three standard ones, its questions and its answers
+
+
+def test_a_program_has_no_capabilities_at_any_level() -> None:
+    source = "import ctypes\ndef f():\n    l = ctypes.CDLL(None); d = (ctypes.c_uint32 * 6)()\n"
+    source += "    return [l.capget((ctypes.c_uint32 * 2)(0x20080522, 0), d), list(d)]"
+    for level in range(detect().level + 1):
+        assert run(source, level) == Success([0, [0] * 6])
+
+
 def test_a_sandbox_that_does_not_start_gives_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from uniopd_mm.sandbox import run as module
+    from uniopd_mm.sandbox import nursery
     from uniopd_mm.verifiers.code import CodeTest, CodeTests
 
     verifier = get_verifier("code", VerifierConfig(sandbox=SandboxConfig(allow_unsafe=True)))
-    monkeypatch.setattr(module, "_CHILD", "/nowhere/child.py")
+    nursery.NURSERY.close()
+    monkeypatch.setattr(nursery, "_CHILD", "/nowhere/child.py")
     correct, reason = verifier.judge(
         CodeTests("call", (CodeTest([1], 1),), entry_point="f"), "def f(x): return x"
     )
@@ -76,8 +179,8 @@ def test_a_sandbox_that_does_not_start_gives_unknown(monkeypatch: pytest.MonkeyP
 def test_a_supervisor_that_is_killed_from_outside_gives_unknown() -> None:
     with Sandbox().start(Program("def f(x): return x", entry_point="f")) as program:
         assert program.test([1]) == Success(1)
-        program._process.kill()
-        program._process.wait()  # by then its children have been told
+        signal.pidfd_send_signal(program._pidfd, signal.SIGKILL)
+        assert program._ended(5)  # by then its children have been told
         result = program.test([2])
     assert isinstance(result, Failure) and result.kind == "unknown"
     assert not left_processes()
@@ -123,7 +226,7 @@ def test_programs_end_when_our_process_is_killed() -> None:
     script = (
         "from uniopd_mm.sandbox import *\n"
         "with Sandbox(Limits(time_s=60)).start(Program('def f(): print()\\n' 'while True: pass', entry_point='f')) as p:\n"
-        "    print(p._process.pid, flush=True)\n"
+        "    print(open(f'/proc/self/fdinfo/{p._pidfd}').read().split('Pid:')[1].split()[0], flush=True)\n"
         "    p.test([])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=REPOSITORY)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def _start_time(pid: int) -> str | None:
-    """Of a live process, in clock ticks."""
+    """Of a live process, in clock ticks; None for our own child, which sandboxes are forked from."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
+        return None if fields[0] in "ZX" or fields[1] == str(os.getpid()) else fields[19]
     return None
 
 

@@ -44,7 +44,7 @@ def pool():
 
 
 def rows_of(name: str, source: Path = FIXTURES):
-    return load_rows(get_benchmark(name), source, check_count=False)
+    return list(load_rows(get_benchmark(name), source, check_count=False))
 
 
 def prompts_of(name: str, preset: str = "paper", profile: str = "strict", rows=None):

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import math
-import os
-import pickle
 import shutil
-import zlib
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from benchmark_rows import FIXTURES, prompts_of, rows_of
+from evaluating import GREEDY, world
 from hypothesis import given
 from hypothesis import strategies as st
 from tasks import BENCHMARKS, GROUPS, benchmark_names, get_benchmark, task_names
-from tasks import _code as evalplus
-from tasks._code import cases_of, header
 from tasks._text import row_id
-from tasks.livecodebench import SPLITS, unpack
 
+from uniopd_mm.config import ModelConfig
 from uniopd_mm.errors import ConfigError, DataError
+from uniopd_mm.evaluation import session
 from uniopd_mm.evaluation.loading import load_rows
+from uniopd_mm.evaluation.session import Answerer, Request
+from uniopd_mm.processors import get_processor
 from uniopd_mm.verifiers import VerifierPool, verifier_names
-from uniopd_mm.verifiers.code import CodeTests
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "benchmarks"
-JSONL = FIXTURES / "evalplus_jsonl"
 MATH = GROUPS["text_math"]
 TEXT = (*MATH, *GROUPS["code"])
 N_ROWS = {
@@ -39,23 +33,6 @@ N_ROWS = {
     "mbpp_plus": 2,
     "livecodebench": 2,
 }
-
-
-def rows_of(name: str, source: Path = FIXTURES, **settings):
-    return load_rows(get_benchmark(name), source, check_count=False, **settings)
-
-
-def prompts_of(
-    name: str, source: Path = FIXTURES, preset: str = "paper", profile: str = "strict", **settings
-):
-    benchmark = get_benchmark(name)
-    return [
-        benchmark.read(row, benchmark.presets[preset], profile) for row in rows_of(name, source, **settings)
-    ]
-
-
-def fenced(code: str) -> str:
-    return f"Here it is.\n```python\n{code}\n```\nDone."
 
 
 @pytest.fixture(scope="module")
@@ -163,16 +140,15 @@ def test_a_part_of_the_rows_is_not_taken_for_the_benchmark(name):
 @pytest.mark.parametrize("name", TEXT)
 def test_the_presets_are_the_papers_protocol_and_a_quick_look(name):
     presets = get_benchmark(name).presets
-    assert set(presets) == {"paper", "quick"}
+    assert set(presets) == {"paper", "quick"} | ({"own"} if name in GROUPS["code"] else set())
     paper, quick = presets["paper"], presets["quick"]
-    n, temperature = {"humaneval_plus": (1, 0.0), "mbpp_plus": (1, 0.0), "livecodebench": (4, 1.0)}.get(
-        name, (32, 1.0)
-    )
+    n = 4 if name in GROUPS["code"] else 32
     sampling = paper.sampling
-    assert (paper.n, sampling.temperature, sampling.top_p, sampling.top_k) == (n, temperature, 1.0, 0)
+    assert (paper.n, sampling.temperature, sampling.top_p, sampling.top_k) == (n, 1.0, 1.0, 0)
     assert sampling.max_new_tokens == 16384 and paper.limit is None
     assert quick.n <= 4 and quick.limit and quick.sampling.max_new_tokens < 16384
     assert quick.prompt == paper.prompt
+    assert quick.template == paper.template == {"enable_thinking": False}
 
 
 def test_a_system_prompt_of_a_preset_comes_first():
@@ -192,6 +168,45 @@ def test_a_row_without_an_answer_is_an_error():
     benchmark = get_benchmark("aime24")
     with pytest.raises(DataError, match="no 'answer'"):
         benchmark.read({"id": 1, "problem": "p", "answer": None}, benchmark.presets["paper"], "strict")
+
+
+# How it is asked
+
+
+@pytest.mark.parametrize(
+    ("typed", "thinks"), [({}, False), ({"enable_thinking": True}, True), ({"color": "red"}, False)]
+)
+def test_presets_switch_thinking_off_and_what_is_typed_wins(
+    typed, thinks, tiny_models, tmp_path, monkeypatch
+):
+    benchmark = get_benchmark("aime24")
+    preset = replace(benchmark.presets["paper"], n=1, limit=1, sampling=GREEDY)
+    request = Request("aime24", preset, tmp_path, benchmark, source=FIXTURES)
+    asked = []
+
+    def generate(engine, processor, *more, **options):
+        asked.append(processor)
+        return session.generate_samples(engine, processor, *more, **options)
+
+    monkeypatch.setattr(session, "generate_samples", session.generate, raising=False)
+    monkeypatch.setattr(session, "generate", generate)
+    model = ModelConfig(model=str(tiny_models["text"]), dtype="float32", template=typed)
+    with Answerer(model, world()) as answerer:
+        task = request.load()
+        settings, _ = answerer.answer(task, request)
+        plain = answerer.parts()[1].encode(task.prompts[0].messages)
+    assert settings["template"] == {"enable_thinking": False} | typed
+    (processor,) = asked
+    text = processor.tokenizer.decode(processor.encode(task.prompts[0].messages).input_ids)
+    assert ("<think>\n\n</think>" not in text) is thinks
+    assert "<think>" not in processor.tokenizer.decode(plain.input_ids)  # others' prompts are as they were
+
+
+def test_a_variable_that_a_template_does_not_know_changes_nothing(tiny_models):
+    processor = get_processor(tiny_models["text"])
+    messages = [{"role": "user", "content": "6 * 7"}]
+    changed = processor.with_template({"unheard_of": False}).encode(messages)
+    assert changed.input_ids.tolist() == processor.encode(messages).input_ids.tolist()
 
 
 # Mathematics
@@ -256,269 +271,6 @@ def test_the_average_lies_between_always_and_ever_right(scores):
     result = get_benchmark("aime24").aggregate([{}] * len(scores), scores)
     always = sum(all(score == 1 for score in row) for row in scores) / len(scores)
     assert always - 1e-12 <= result["score"] <= result["pass@4"] + 1e-12
-
-
-# evalplus
-
-
-def whole(name: str, source: Path = FIXTURES) -> list[str]:
-    """The reference solution of every row, as an answer would give it."""
-    if name == "mbpp_plus":
-        return [row.get("code") or row["canonical_solution"] for row in rows_of(name, source)]
-    return [row["prompt"] + row["canonical_solution"] for row in rows_of(name, source)]
-
-
-@pytest.mark.parametrize(
-    ("name", "source", "profile"),
-    [
-        ("humaneval_plus", FIXTURES, "strict"),
-        ("humaneval_plus", JSONL, "upstream"),
-        ("mbpp_plus", FIXTURES, "upstream"),
-        ("mbpp_plus", JSONL, "strict"),
-    ],
-    ids=["hub", "jsonl", "hub-mbpp", "jsonl-mbpp"],
-)
-def test_reference_solutions_pass_and_empty_functions_fail(name, source, profile, pool):
-    prompts = prompts_of(name, source, profile=profile)
-    good = pool.check([(p, fenced(code)) for p, code in zip(prompts, whole(name, source), strict=True)])
-    assert [o.correct for o in good] == [True] * len(prompts), good
-    names = [CodeTests.from_json(p.answer).entry_point for p in prompts]
-    bad = pool.check(
-        [(p, fenced(f"def {f}(*given): return None")) for p, f in zip(prompts, names, strict=True)]
-    )
-    assert [o.correct for o in bad] == [False] * len(prompts), bad
-
-
-@pytest.mark.parametrize("name", ["humaneval_plus", "mbpp_plus"])
-def test_both_published_forms_of_a_problem_are_the_same_tests(name):
-    hub, own = prompts_of(name), prompts_of(name, JSONL)
-    assert [p.id for p in hub][: len(own)] == [p.id for p in own][: len(hub)]
-    for one, other in zip(hub[:1], own[:1], strict=True):
-        mine, theirs = CodeTests.from_json(one.answer), CodeTests.from_json(other.answer)
-        n = len(theirs.tests)
-        assert mine.tests[:n] == theirs.tests and mine.entry_point == theirs.entry_point
-        assert (one.messages, mine.atol) == (other.messages, theirs.atol)
-
-
-def test_an_almost_right_function_fails_on_the_added_tests(pool):
-    (prompt, *_) = prompts_of("humaneval_plus")
-    code = "def runner_up(values):\n    return sorted(set(values), key=abs)[-2]"
-    assert pool.check([(prompt, fenced(code))])[0].correct is False
-
-
-def test_helpers_and_imports_of_the_prompt_are_there_for_the_answer(pool):
-    strict, upstream = (
-        prompts_of("humaneval_plus", profile=profile)[1] for profile in ("strict", "upstream")
-    )
-    code = "def rotate_words(words, by):\n    return [''.join(rotate(c, by) for c in word) for word in words]"
-    assert pool.check([(strict, fenced(code))])[0].correct is True
-    assert pool.check([(upstream, fenced(code))])[0].correct is False  # evalplus grades the answer alone
-
-
-def test_the_header_is_all_but_the_function_to_write():
-    prompt = "import re\nX = 3\n\ndef helper(a):\n    return a\n\n\ndef f(a):\n    '''Say {}.'''\n"
-    found = header(prompt, "f")
-    assert "import re" in found and "def helper" in found and "X = 3" in found and "def f" not in found
-    assert header("no python here", "f") == ""
-
-
-def test_values_that_json_has_no_word_for_survive():
-    tests = CodeTests.from_json(prompts_of("humaneval_plus")[2].answer)
-    assert tests.tests[1].output == (0.0, math.inf) and tests.atol == 1e-4
-    first = CodeTests.from_json(prompts_of("mbpp_plus", JSONL)[0].answer).tests[0]
-    assert first.input == [(3, 4, 5), (5, 7, 4)] and first.output == (4, 5)
-
-
-def test_a_match_object_counts_as_found(pool):
-    prompt = prompts_of("mbpp_plus", JSONL)[1]
-    answers = [
-        "import re\ndef text_match_three(t): return re.search(r'\\d-\\d', t)",
-        "def text_match_three(t): return '-' in t and t[t.index('-') - 1].isdigit() and t[t.index('-') + 1].isdigit()",
-        "def text_match_three(t): return t",
-    ]
-    assert [o.correct for o in pool.check([(prompt, fenced(a)) for a in answers])] == [True, True, False]
-
-
-def test_the_instruction_is_evalplus_own():
-    (prompt, *_) = prompts_of("mbpp_plus")
-    text = prompt.messages[-1]["content"]
-    assert text.startswith("Please provide a self-contained Python script that solves the following problem")
-    assert "assert shared_values((3, 4, 5),(5, 7, 4)) == (4, 5)" in text and text.rstrip().endswith("```")
-    assert "(1, 2),(3,)" not in text  # one assert is shown, not three
-
-
-def test_expected_outputs_are_computed_once_and_again_where_the_cache_is_damaged(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    runs = []
-    monkeypatch.setattr(evalplus, "_run_reference", lambda *given: runs.append(given) or [(3, {4: math.inf})])
-    asked = ("def f(): pass", "f", [[]], "row")
-    for _ in range(2):
-        assert evalplus.reference_outputs(*asked) == [(3, {4: math.inf})]
-    assert len(runs) == 1
-    evalplus.reference_outputs("def f(): return 2", *asked[1:])
-    assert len(runs) == 2
-    for path in tmp_path.rglob("*.json"):
-        path.write_text("[1")
-    assert evalplus.reference_outputs(*asked) == [(3, {4: math.inf})] and len(runs) == 3
-
-
-def test_a_reference_that_fails_is_an_error_and_not_a_gold():
-    row = dict(rows_of("humaneval_plus", JSONL)[0], canonical_solution="    return 1 / 0\n")
-    benchmark = get_benchmark("humaneval_plus")
-    with pytest.raises(DataError, match=r"humaneval_plus/0.*reference"):
-        benchmark.read(row, benchmark.presets["paper"], "strict")
-
-
-@pytest.mark.parametrize(
-    ("test", "says"),
-    [
-        ("inputs = [[1]]\nresults = [__import__('os').getpid()]", "literal was expected"),
-        ("inputs = [[1]]\nresults = []", "1 inputs and 0 results"),
-        ("results = [1]", "no 'inputs"),
-        ("inputs = [", "no Python program"),
-    ],
-)
-def test_a_test_program_is_read_and_never_run(test, says):
-    with pytest.raises(DataError, match=says):
-        cases_of(test, "row")
-
-
-def test_integers_beyond_pythons_digit_limit_are_read():
-    cases = cases_of("inputs = [[1]]\nresults = [1" + "0" * 5000 + "]", "row")
-    assert cases.outputs == [10**5000]
-
-
-def test_a_row_of_no_published_form_is_an_error():
-    benchmark = get_benchmark("mbpp_plus")
-    row = {"task_id": 2, "prompt": "p", "entry_point": "f", "canonical_solution": "def f(): pass"}
-    with pytest.raises(DataError, match="neither the hub's 'test' nor evalplus' base_input"):
-        benchmark.read(row, benchmark.presets["paper"], "strict")
-
-
-# LiveCodeBench
-
-PROGRAM = "n = int(input())\nv = list(map(int, input().split()))\nprint(sum(v))\nprint(max(v))"
-METHOD = (
-    "class Solution:\n    def pairsTo(self, nums: List[int], k: int) -> List[List[int]]:\n"
-    "        return [[i, j] for i in range(len(nums)) for j in range(i + 1, len(nums)) if nums[i] + nums[j] == k]"
-)
-
-
-def test_programs_and_methods_are_judged_by_public_and_private_tests(pool):
-    program, method = prompts_of("livecodebench")
-    only_public = "n = int(input())\nprint(6)\nprint(3)"
-    pairs = [
-        (program, PROGRAM),
-        (program, only_public),
-        (method, METHOD),
-        (method, METHOD.replace("i + 1", "i + 2")),
-    ]
-    outcomes = pool.check([(prompt, fenced(code)) for prompt, code in pairs])
-    assert [o.correct for o in outcomes] == [True, False, True, False], outcomes
-
-
-def test_contest_answers_find_the_imports_that_the_benchmark_gives(pool):
-    (program, _) = prompts_of("livecodebench")
-    code = PROGRAM.replace("sum(v)", "sum(v) * pow(2, 2, 3) + 0 * len(deque([gcd(4, 6)]))")
-    outcome = pool.check([(program, fenced(code))])[0]
-    assert outcome.correct is True, (
-        outcome
-    )  # pow with three arguments is the built-in one, not math's or operator's
-
-
-def test_an_answer_without_a_closed_fence_fails_a_contest_problem(pool):
-    (program, _) = prompts_of("livecodebench")
-    assert pool.check([(program, f"```python\n{PROGRAM}")])[0].correct is False
-
-
-def test_contest_tests_hold_both_columns_and_the_papers_time_limit():
-    program, method = (CodeTests.from_json(p.answer) for p in prompts_of("livecodebench"))
-    assert (program.style, len(program.tests), program.time_limit_s) == ("stdin", 3, 60.0)
-    assert (method.style, method.entry_point, len(method.tests)) == ("call", "pairsTo", 3)
-    assert method.tests[0].input == [[1, 2, 3], 4] and method.tests[0].output == [[0, 2]]
-
-
-def test_starter_code_is_shown_where_there_is_some():
-    program, method = (p.messages[-1]["content"] for p in prompts_of("livecodebench"))
-    assert "def pairsTo(self, nums" in method and "starter code" not in program
-
-
-def test_a_release_is_all_files_up_to_its_own_and_a_version_is_one_file():
-    assert [p.id for p in prompts_of("livecodebench", split="release_v1")] == ["livecodebench/own0_a"]
-    assert [p.id for p in prompts_of("livecodebench")] == ["livecodebench/own1_a", "livecodebench/9001"]
-    assert SPLITS["release_v6"] == ("test.jsonl", *(f"test{n}.jsonl" for n in range(2, 7)))
-    assert SPLITS["v6"] == ("test6.jsonl",) and SPLITS["v1"] == SPLITS["release_v1"] == ("test.jsonl",)
-
-
-def test_a_release_is_not_read_from_a_part_of_its_files():
-    with pytest.raises(DataError, match=r"test2\.jsonl"):
-        rows_of("livecodebench", split="release_v2")
-    with pytest.raises(ConfigError, match="release_v6"):
-        rows_of("livecodebench", split="test")
-
-
-def test_scores_are_split_by_difficulty():
-    rows = [{"difficulty": "easy"}, {"difficulty": "hard"}]
-    result = get_benchmark("livecodebench").aggregate(rows, [[1.0, 0.0], [None, 0.0]])
-    assert result == {"score": 0.25, "pass@2": 0.5, "easy": 0.5, "hard": 0.0}
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("true",)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [Evil(), [Evil()], print, complex(1, 2), os.stat(os.curdir), 7, {"input": "x"}],
-    ids=["code", "code in a list", "function", "complex", "stat", "number", "no test"],
-)
-def test_a_pickle_of_anything_but_plain_tests_is_refused(value):
-    text = base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
-    with pytest.raises(DataError, match="row"):
-        unpack(text, "row")
-
-
-def test_a_hostile_pickle_is_not_run(tmp_path):
-    class Touch:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "ran",)
-
-    with pytest.raises(DataError, match="wants to load"):
-        unpack(base64.b64encode(zlib.compress(pickle.dumps(Touch()))).decode(), "row")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_tests_nested_without_end_are_refused():
-    deep = base64.b64encode(zlib.compress(pickle.dumps("[" * 200_000))).decode()
-    with pytest.raises(DataError, match="row"):
-        unpack(deep, "row")
-    with pytest.raises(DataError, match="row"):
-        unpack("[" * 200_000, "row")
-
-
-def test_tests_that_unpack_to_too_much_are_refused(monkeypatch):
-    monkeypatch.setattr("tasks.livecodebench.MAX_TEST_BYTES", 1000)
-    bomb = base64.b64encode(zlib.compress(pickle.dumps("[" + " " * 100_000 + "]"))).decode()
-    with pytest.raises(DataError, match="more than 1000 bytes"):
-        unpack(bomb, "row")
-
-
-@given(st.binary(max_size=60), st.booleans())
-def test_damaged_private_tests_are_a_data_error(data, compressed):
-    text = base64.b64encode(zlib.compress(data) if compressed else data).decode()
-    try:
-        assert unpack(text, "row") == []  # nothing at all is no tests
-    except DataError as error:
-        assert str(error).startswith("row")
-
-
-@given(
-    st.lists(st.fixed_dictionaries({"input": st.text(), "output": st.text()}), max_size=4), st.integers(0, 5)
-)
-def test_packed_and_plain_tests_are_the_same(tests, protocol):
-    packed = base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests), protocol))).decode()
-    assert unpack(packed, "row") == unpack(json.dumps(tests), "row") == tests
 
 
 def test_the_fixtures_are_what_their_script_writes(tmp_path, monkeypatch):

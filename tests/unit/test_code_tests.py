@@ -139,6 +139,11 @@ def test_evalplus_special_functions() -> None:
     assert not compared("evalplus", None, True, "check_str")
     assert compared("evalplus", "anything", False, "are_equivalent")
     assert compared("evalplus", 0, 12, "sum_div")
+    for found, equal in ((10, True), (8, True), (9, False), (8.5, False), ("8", False)):
+        assert compared("evalplus", found, 10, "digit_distance_nums", 0.0, [23, 9]) is equal
+    for found, equal in ((33, True), (40, True), (39, False), (None, False)):
+        assert compared("evalplus", found, 33, "surface_Area", 0.0, [3, 5]) is equal
+    assert not compared("evalplus", 40, 33, "another_area", 0.0, [3, 5])
     assert compared("evalplus", -0.5, None, "find_zero", 1e-4, [[1, 2]])
     assert not compared("evalplus", 0.5, -0.5, "find_zero", 1e-4, [[1, 2]])
     for found in (float("nan"), "x", None, 10**400, [1]):
@@ -179,8 +184,28 @@ def test_exact_means_the_same_types() -> None:
     assert compared("exact", "a \nb\n\n", "a\nb", "") and not compared("exact", " a", "a", "")
 
 
-def test_prime_tolerates_decimals_and_a_wrapped_result() -> None:
-    assert compared("prime", "0.3333333334", "0.3333333333", "")
+@pytest.mark.parametrize(
+    ("found", "expected", "equal"),
+    [
+        ("0.3333333334", "0.3333333333", True),
+        ("6.0", "6", True),
+        (" 1 2 \n\n3\n", "1 2\n3", True),
+        ("nan", "nan", True),
+        ("-inf", "-Infinity", True),
+        ("100001", "100000", False),
+        ("007", "7", False),
+        ("1.0 2", "1 2", False),
+        ("0.3334", "0.3333", False),
+        ("0.5\n1", "0.5", False),
+        ("0.5", "", False),
+        ("nan", "NaN", False),
+    ],
+)
+def test_prime_compares_lines_then_one_decimal_per_line(found: str, expected: str, equal: bool) -> None:
+    assert compared("prime", found, expected, "") is equal
+
+
+def test_prime_takes_a_wrapped_result() -> None:
     assert compared("prime", 3, [3]) and compared("prime", [(1, 2)], [[1, 2]])
     assert not compared("prime", 3, [3, 4])
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -221,6 +224,33 @@ def test_a_manifest_that_no_longer_fits_its_rows_is_refused(tmp_path: Path, n: i
     assert what in str(error.value) and "balance_data.py" in str(error.value)
 
 
+@pytest.mark.parametrize("size", [60, 200_000])
+@pytest.mark.parametrize("kind", ["file", "table"])
+def test_a_picture_that_was_replaced_is_noticed(tmp_path: Path, kind: str, size: int):
+    """Its row is the same, and so is the time of its file; bytes in a table are told by their number."""
+    picture, table = tmp_path / "picture.png", tmp_path / "rows.parquet"
+
+    def put(content: bytes) -> Path:
+        row = {"id": "r", "question": "what?", "answer": "1"}
+        if kind == "file":
+            picture.write_bytes(content)
+            os.utime(picture, (1, 1))
+            return write_rows(tmp_path / "rows.jsonl", 2, r1={"image": "picture.png"})
+        image = {"bytes": content, "path": None}
+        pq.write_table(
+            pa.Table.from_pylist([row | {"id": "r0", "image": None}, row | {"id": "r1", "image": image}]),
+            table,
+        )
+        return table
+
+    rows = put(b"x" * size)
+    manifest = list_rows(tmp_path / "manifest.jsonl", load_prompts(rows), [1, 1])
+    assert len(load_prompts(manifest)) == 2
+    put(b"x" * (size - 2) + b"yx" if kind == "file" else b"x" * (size - 1))
+    with pytest.raises(DataError, match=r"rows\.\w+:2 \(rows/r1\) is not what it was"):
+        load_prompts(manifest)
+
+
 def test_a_row_that_can_be_used_again_is_not_silently_left_out(tmp_path: Path):
     path = write_rows(tmp_path / "rows.jsonl", 6, r4={"image": "late.png"})
     manifest = list_rows(tmp_path / "manifest.jsonl", load_prompts(path, max_bad_share=1), [1] * 5)
@@ -236,7 +266,7 @@ def test_a_cut_or_foreign_manifest_is_refused_with_its_place(tmp_path: Path):
     for spoilt, place in (
         ("".join(lines[:-1]), "6 rows announced, 5 found"),
         ("".join(lines)[:-20], "manifest.jsonl:7"),
-        (lines[0].replace(': 1, "sources"', ': 7, "sources"'), "format 7, expected 1"),
+        (lines[0].replace(': 2, "sources"', ': 7, "sources"'), "format 7, expected 2"),
         (lines[0] + '{"source": "other", "row": 1}\n', "manifest.jsonl:2"),
     ):
         path.write_text(spoilt)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from PIL import Image
 
 from uniopd_mm.errors import DataError
 from uniopd_mm.evaluation.benchmark import Benchmark, Preset, Source
-from uniopd_mm.evaluation.loading import load_rows
-from uniopd_mm.evaluation.tasks import load_task
+from uniopd_mm.evaluation.loading import IN_MEMORY, load_rows
+from uniopd_mm.evaluation.tasks import RowImage, load_task
 from uniopd_mm.prompts import open_images
 
 
@@ -109,6 +111,66 @@ def test_pictures_of_a_zip_and_beside_a_table_take_the_place_of_their_names(tmp_
     assert open_images(prompt("a", images=(alone[1]["image_path"],)))[0].getpixel((0, 0)) == (2, 0, 0)
 
 
+def with_pictures(*sources: Source) -> Benchmark:
+    def read(row: Any, preset: Preset, profile: str):
+        return prompt(str(row["id"]), images=(row["image"],))
+
+    return replace(benchmark(*sources, columns=("id", "image")), read=read)
+
+
+def lightness(task: Any) -> list[int]:
+    return [open_images(one)[0].getpixel((0, 0))[0] for one in task.prompts]
+
+
+def test_the_pictures_of_many_rows_stay_on_disk_until_they_are_opened(tmp_path: Path) -> None:
+    rows = [{"id": i, "image": {"bytes": png(i % 200), "path": f"{i}.png"}} for i in range(IN_MEMORY + 4)]
+    for k, some in enumerate((rows[:7], rows[7:])):
+        write(tmp_path / "bench" / f"test-{k:05d}-of-00002.parquet", some)
+    task = load_task(with_pictures(), Preset(GREEDY), "strict", tmp_path)
+    assert list(task.rows) == [row | {"image": {"bytes": None, "path": f"{row['id']}.png"}} for row in rows]
+    assert all(isinstance(one.images[0], RowImage) for one in task.prompts)
+    assert lightness(task) == [i % 200 for i in range(len(rows))]
+    few = load_task(with_pictures(), Preset(GREEDY, limit=9), "strict", tmp_path)
+    assert lightness(few) == list(range(9))
+
+
+def test_the_pictures_of_a_zip_stay_in_it_until_they_are_opened(tmp_path: Path) -> None:
+    folder = tmp_path / "bench"
+    write(folder / "data.jsonl", [{"id": i, "image": f"{i}.png"} for i in range(3)])
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for i in range(3):
+            archive.writestr(f"{i}.png", png(i))
+    made = with_pictures(Source("org/bench", files=("data.jsonl", "images.zip")))
+    task = load_task(made, Preset(GREEDY), "strict", tmp_path)
+    assert task.rows[1] == {"id": 1, "image": {"bytes": None, "path": "1.png"}}
+    assert lightness(task) == [0, 1, 2]
+
+
+def test_a_damaged_file_in_a_zip_costs_its_row_alone(tmp_path: Path) -> None:
+    folder, n = tmp_path / "bench", 200
+    write(folder / "data.jsonl", [{"id": i, "image": f"{i}.png"} for i in range(n)])
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for i in range(n):
+            archive.writestr(f"{i}.png", png(i))
+        start = archive.getinfo("7.png").header_offset
+    content = bytearray((folder / "images.zip").read_bytes())
+    content[start + 60] ^= 255
+    (folder / "images.zip").write_bytes(content)
+    made = with_pictures(Source("org/bench", files=("data.jsonl", "images.zip")))
+    task = load_task(made, Preset(GREEDY), "strict", tmp_path)
+    assert lightness(task) == [i for i in range(n) if i != 7]
+    (left_out,) = task.left_out
+    assert "row 8: 7.png in" in left_out and "is damaged" in left_out
+
+
+def test_a_zip_that_no_row_names_a_file_of_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "bench" / "data.jsonl", [{"id": 1, "image": "elsewhere.png"}])
+    with zipfile.ZipFile(tmp_path / "bench" / "images.zip", "w") as archive:
+        archive.writestr("0.png", png())
+    with pytest.raises(DataError, match=r"no row names a file of images\.zip"):
+        load_rows(with_pictures(Source("org/bench", files=("data.jsonl", "images.zip"))), tmp_path)
+
+
 def test_sources_are_tried_in_order_and_every_failure_is_told(tmp_path: Path) -> None:
     write(tmp_path / "bench" / "test.jsonl", [{"id": 1, "question": "q"}])
     made = benchmark(Source("org/a", files=("first.jsonl",)), Source("org/b"), columns=("id", "question"))
@@ -135,6 +197,84 @@ def test_the_number_of_rows_is_checked_unless_a_part_is_asked_for(tmp_path: Path
     assert len(load_rows(made, tmp_path, limit=40)) == 5
 
 
+@pytest.mark.parametrize("name", ["test.jsonl.gz", "data/test-00000-of-00001.json.gz"])
+def test_gzipped_tables_are_read(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "plain" / Path(name).stem, ROWS)
+    (tmp_path / "bench" / name).parent.mkdir(parents=True)
+    (tmp_path / "bench" / name).write_bytes(
+        gzip.compress((tmp_path / "plain" / Path(name).stem).read_bytes())
+    )
+    assert ids(load_rows(benchmark(), tmp_path)) == [0, 1, 2, 3, 4]
+    named = benchmark(Source("org/bench", files=(name.removesuffix(".gz"),)))
+    assert ids(load_rows(named, tmp_path, limit=2)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"no gzip at all", "test.jsonl.gz is not a gzip file"),
+        (gzip.compress(b'{"id": 1}\n' * 9999)[:-20], "test.jsonl.gz is damaged"),
+        (gzip.compress(b'{"id": 1}\n{"id"'), r"test.jsonl.gz:2: the line is not JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer(.|\n)*git lfs pull"),
+    ],
+)
+def test_what_is_wrong_with_a_gzipped_file_is_said(content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "test.jsonl.gz").write_bytes(content)
+    with pytest.raises(DataError, match=says):
+        load_rows(benchmark(), tmp_path)
+
+
+def test_a_bad_line_is_named_once_with_its_file_and_number(tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "test.jsonl").write_text('{"id": 1}\n{"id": ')
+    with pytest.raises(DataError) as error:
+        load_rows(benchmark(Source("org/a"), Source("org/b")), tmp_path)
+    assert str(error.value).count("test.jsonl:2: the line is not JSON") == 1
+    assert "damaged" not in str(error.value)
+
+
+def test_late_columns_stay_in_their_file(tmp_path: Path) -> None:
+    """Also behind a byte order mark, empty lines and letters of several bytes."""
+    rows = [{"id": "é", "big": "x" * 100}, {"id": "b", "big": "y"}, {"id": "c"}]
+    path = tmp_path / "bench" / "test.jsonl"
+    path.parent.mkdir()
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    made = benchmark(Source("org/bench", files=("test.jsonl",), late=("big",)))
+    found = load_rows(made, tmp_path)
+    assert ids(found) == ["é", "b", "c"] and "big" not in found[2]
+    for row, wanted in zip(found[:2], rows, strict=False):
+        with open(row["big"]["file"], "rb") as file:
+            file.seek(row["big"]["offset"])
+            assert json.loads(file.readline()) == wanted
+    path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    with pytest.raises(DataError, match=r"Type: gunzip .*test\.jsonl\.gz"):
+        load_rows(made, tmp_path)
+
+
+def test_a_split_that_is_not_there_is_not_taken_for_the_one_that_is(tmp_path: Path) -> None:
+    write(tmp_path / "bench" / "rows.jsonl", ROWS)
+    made = benchmark(Source("org/bench", files=("rows.jsonl",)), n_rows=5)
+    assert len(load_rows(made, tmp_path, split="test")) == 5
+    with pytest.raises(DataError, match="no split 'validation', only 'test'"):
+        load_rows(made, tmp_path, split="validation")
+
+
+def test_a_folder_that_is_not_there_is_told_with_what_is_and_how_to_fetch_it(tmp_path: Path) -> None:
+    (tmp_path / "bnech").mkdir()
+    with pytest.raises(DataError) as error:
+        load_rows(benchmark(Source("org/bench", files=("data/*.parquet",))), tmp_path)
+    assert "with bnech" in str(error.value)
+    command = (
+        f"hf download org/bench --repo-type dataset --include 'data/*.parquet' --local-dir {tmp_path}/bench"
+    )
+    assert command in str(error.value)
+    with pytest.raises(DataError, match=f"and no {tmp_path}/none"):
+        load_rows(benchmark(), tmp_path / "none")
+
+
 @pytest.mark.parametrize("name", ["test.parquet", "test.json", "test.jsonl"])
 def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "bench").mkdir()
@@ -150,7 +290,10 @@ def test_a_hub_that_cannot_be_reached_says_so_and_offers_a_folder(monkeypatch: p
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError, match=r"org/bench(.|\n)*no route to the hub(.|\n)*--source FOLDER"):
+    with pytest.raises(
+        DataError,
+        match=r"org/bench(.|\n)*no route to the hub(.|\n)*--source FOLDER:\n  hf download org/bench",
+    ):
         load_rows(benchmark())
 
 

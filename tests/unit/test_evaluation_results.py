@@ -120,6 +120,11 @@ def test_rows_of_one_problem_are_drawn_together() -> None:
     assert 0.2 < low < high < 0.8
 
 
+@pytest.mark.parametrize(("outcome", "low", "high"), [(WRONG, 0.0, 0.3085), (RIGHT, 0.6915, 1.0)])
+def test_ten_equal_outcomes_do_not_make_a_number_certain(outcome: Any, low: float, high: float) -> None:
+    assert summary({str(i): [outcome] for i in range(10)})["interval"] == pytest.approx((low, high), abs=1e-4)
+
+
 def test_a_number_that_is_no_mean_over_units_has_no_interval() -> None:
     made = benchmark(
         aggregate=lambda rows, scores: {"score": mean_score(rows, scores)["score"] ** 2 / len(rows)}
@@ -282,14 +287,17 @@ def test_progress_is_plain_lines_with_the_time_left_without_a_terminal() -> None
     with ProgressLine("chartqa", file=file, clock=lambda: now[0]) as progress:
         for done in range(11):
             progress(done, 10)
-            now[0] += 20
-    assert file.getvalue().splitlines() == [
-        "chartqa: 2/10 answers  eta 2 min 40 s",
-        "chartqa: 4/10 answers  eta 2 min",
-        "chartqa: 6/10 answers  eta 1 min 20 s",
-        "chartqa: 8/10 answers  eta 40 s",
+            now[0] += 4
+    assert file.getvalue().splitlines() == [  # after 5 s, then every 30 s, and the end
+        "chartqa: 2/10 answers  eta 32 s",
         "chartqa: 10/10 answers  eta 0 s",
     ]
+    now[0] = 0.0
+    with ProgressLine("slow", file=file, clock=lambda: now[0]) as progress:
+        for done in range(6):
+            progress(done, 100)
+            now[0] += 20
+    assert [line.split()[1] for line in file.getvalue().splitlines()[2:]] == ["1/100", "3/100", "5/100"]
     silent = io.StringIO()
     with ProgressLine("chartqa", shown=False, file=silent) as progress:
         progress(10, 10)

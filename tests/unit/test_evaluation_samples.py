@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uniopd_mm.errors import DataError, ResumeError
-from uniopd_mm.evaluation.generate import generate, prompt_slot, score
-from uniopd_mm.evaluation.samples import Sample, SampleStore, different, settings_hash
+from uniopd_mm.evaluation import evaluate
+from uniopd_mm.evaluation.generate import ROOM_STEP, answer_tokens, generate, prompt_slot, score
+from uniopd_mm.evaluation.samples import Sample, SampleStore, different, settings_hash, write_whole
 from uniopd_mm.verifiers import VerifierPool
 
 SETTINGS = {"temperature": 1.0}
@@ -96,6 +98,16 @@ def test_two_runs_cannot_write_the_same_samples(tmp_path: Path) -> None:
         pass
 
 
+def test_a_disk_that_takes_no_more_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    with SampleStore(tmp_path, SETTINGS) as store:
+        os.close(store._file)
+        store._file = os.open("/dev/full", os.O_WRONLY)
+        with pytest.raises(DataError, match=r"rank_0000.jsonl: No space left on device.*same command"):
+            store.append([sample()])
+    with pytest.raises(DataError, match="cannot write"):
+        write_whole(tmp_path / "gone" / "results.json", "{}")
+
+
 def test_an_answer_that_is_no_valid_text_is_kept(tmp_path: Path) -> None:
     with SampleStore(tmp_path, SETTINGS) as store:
         store.append([sample(text="half \ud83d pair, a\u2028b")])
@@ -168,6 +180,45 @@ def test_what_could_not_be_answered_is_unknown_and_asked_again(tmp_path: Path) -
     assert len(run(tmp_path, 2, prompts=PROMPTS[:3])) == 6
     with SampleStore(tmp_path, SETTINGS) as store:
         assert store.missing("bench", [p.id for p in prompts], 2) == {"blind": [0, 1]}
+
+
+@given(lost=st.sets(st.tuples(st.sampled_from(IDS), st.integers(0, 7))), n=st.sampled_from([1, 5, 19]))
+@settings(max_examples=25, deadline=None)
+def test_an_answer_belongs_to_its_index_whatever_else_of_its_round_was_lost(
+    lost: set, n: int, tmp_path_factory
+) -> None:
+    whole, folder = run(tmp_path_factory.mktemp("whole"), n), tmp_path_factory.mktemp("lossy")
+    with_holes = run(folder, n, Engine(lose=lambda group, i: (group.prompt.id, i) in lost))
+    expected = {key: "" if (key[0], key[1] % 8) in lost else text for key, text in whole.items()}
+    assert with_holes == expected
+    assert run(folder, n) == whole
+
+
+@given(longest=st.integers(1, 60_000), n_prompt=st.integers(1, 60_000), context=st.integers(2, 60_000))
+def test_an_answer_has_the_room_that_the_context_leaves(longest: int, n_prompt: int, context: int) -> None:
+    n_prompt = min(n_prompt, context - 1)
+    room = answer_tokens(longest, n_prompt, context)
+    assert 0 < room <= longest and n_prompt + room <= context
+    assert room == longest or context - (n_prompt + room) < ROOM_STEP
+    assert answer_tokens(longest, n_prompt, None) == longest
+
+
+def test_what_an_engine_is_asked_for_fits_into_its_context(tmp_path: Path) -> None:
+    prompts = [prompt(f"p{length}", text="x" * length) for length in (3, 8, 9, 10, 11)]
+    engine = Engine(context=10)
+    run(tmp_path, 1, engine, prompts)
+    asked = {id: limit for (ids, _), limit in zip(engine.calls, engine.limits, strict=True) for id in ids}
+    assert asked == {"p3": 4, "p8": 2, "p9": 1}
+    with SampleStore(tmp_path, SETTINGS) as store:
+        full = store.samples("bench", ["p10", "p11"], 1)
+    assert all("prompt and answer may have 10" in sample.error for sample in full)
+
+
+def test_evaluation_during_training_gives_the_samples_of_a_run(tmp_path: Path) -> None:
+    with VerifierPool() as verifiers:
+        scored = evaluate(Engine(), Processor(), PROMPTS, verifiers, GREEDY, world(), n=9, batch=4, seed=3)
+    assert {(one.sample.id, one.sample.index): one.sample.text for one in scored} == run(tmp_path, 9, seed=3)
+    assert [one.sample.id for one in scored] == [id for id in IDS for _ in range(9)]
 
 
 def test_random_numbers_belong_to_the_prompt() -> None:

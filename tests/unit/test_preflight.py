@@ -17,9 +17,11 @@ import pytest
 import tiny
 import torch
 from rooms import build, load, make_groups, make_prompt, make_teacher, sample
+from transformers import Qwen3Config
 
 from uniopd_mm.config import RolloutConfig, TeacherConfig, TrainConfig
 from uniopd_mm.engines import LocalEngine, encode_groups
+from uniopd_mm.models import context_length
 from uniopd_mm.preflight import (
     Finding,
     audit,
@@ -110,6 +112,19 @@ SYSTEM = (
 
 
 # ---------------------------------------------------------------------- templates
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        ({"rope_type": "default"}, 40960),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16384}, 40960),
+    ],
+)
+def test_a_context_is_as_long_as_its_positions_were_stretched(rope: dict[str, Any], length: int) -> None:
+    config = Qwen3Config(max_position_embeddings=40960, rope_parameters={"rope_theta": 1e6, **rope})
+    assert context_length(config) == length
 
 
 def test_like_templates_give_no_warning(text: Any) -> None:

@@ -140,6 +140,36 @@ def test_groups_come_back_in_order_with_what_was_sampled(kind: str, batch: Batch
         assert full.text == processor.decode([firsts[1], 41, 42])
 
 
+def test_an_answer_keeps_its_index_when_others_are_lost(reads: VLMProcessor, make: Make) -> None:
+    groups, stub = groups_of(reads), stub_of("vllm", reads)
+    sample = stub.teacher.sample
+
+    def lossy(ids: list[int], images: list[Any], params: dict[str, Any]) -> list[Any]:
+        answers = sample(ids, images, params)
+        answers[1] = ([10**6], [-0.5])  # no token of the model
+        return answers
+
+    engine = make(stub, processor=reads)
+    whole = engine.sample(groups, 4, SAMPLING, (0,))
+    stub.teacher = replace(stub.teacher, sample=lossy)
+    holes = engine.sample(groups, 4, SAMPLING, (0,))
+    for full, group in zip(whole, holes, strict=True):
+        assert [r.index for r in full.rollouts] == [0, 1, 2, 3] and [r.index for r in group.rollouts] == [
+            0,
+            2,
+            3,
+        ]
+        for rollout in group.rollouts:
+            assert rollout.text == full.rollouts[rollout.index].text
+
+
+def test_servers_say_how_much_fits_into_their_context(reads: VLMProcessor, make: Make) -> None:
+    engine = make(stub_of("vllm", reads, max_model_len=300), stub_of("vllm", reads), processor=reads)
+    assert engine.context is None
+    engine.connect()
+    assert engine.context == 300
+
+
 def test_groups_are_reported_as_they_get_done(reads: VLMProcessor, make: Make) -> None:
     """The first request is held back until the others were reported."""
     groups, release = groups_of(reads), threading.Event()

@@ -13,8 +13,10 @@ import torch
 from uniopd_mm.config import OptimConfig, TeacherConfig
 from uniopd_mm.distributed import World
 from uniopd_mm.errors import ConfigError
-from uniopd_mm.evaluation import Sample, summarise
-from uniopd_mm.rollout import Outcome
+from uniopd_mm.evaluation import summarise
+from uniopd_mm.evaluation.results import Scored
+from uniopd_mm.evaluation.samples import Sample
+from uniopd_mm.rollout import Outcome, Prompt
 from uniopd_mm.teachers.pool import route, served_domains
 from uniopd_mm.training.checkpoint import list_checkpoints
 from uniopd_mm.training.launch import LOCK_MAX_AGE_S, error_message, prepare_environment
@@ -97,11 +99,18 @@ def test_prompts_go_to_the_teacher_of_their_domain() -> None:
 
 
 def test_unknown_outcomes_are_not_counted_as_wrong() -> None:
-    def sample(domain: str, correct: bool | None, extracted: str | None = "1") -> Sample:
-        return Sample("id", domain, 0, "", "1", Outcome(correct, extracted=extracted), 4, "stop")
+    def scored(id: str, index: int, correct: bool | None, extracted: str | None = "1") -> Scored:
+        return Scored(Sample("eval", id, index, "", "stop", 4), Outcome(correct, extracted=extracted))
 
     metrics = summarise(
-        [sample("a", True), sample("a", None), sample("b", False, None), sample("b", True), sample("b", None)]
+        [Prompt("x", (), domain="a"), Prompt("y", (), domain="b")],
+        [
+            scored("x", 0, True),
+            scored("x", 1, None),
+            scored("y", 0, False, None),
+            scored("y", 1, True),
+            scored("y", 2, None),
+        ],
     )
     assert metrics["eval/accuracy"] == pytest.approx(2 / 3)
     assert metrics["eval/a/accuracy"] == 1.0 and metrics["eval/b/accuracy"] == 0.5

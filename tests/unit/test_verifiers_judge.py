@@ -167,3 +167,15 @@ def test_a_judge_without_settings_or_without_its_key_is_refused_at_once(monkeypa
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ConfigError, match="export NO_SUCH_KEY"):
         get_verifier("judge", VerifierConfig(judge=JudgeConfig(url="http://x", api_key_env="NO_SUCH_KEY")))
+
+
+def test_a_judge_that_is_down_gives_up_the_batch_after_one_round_and_is_asked_again_by_the_next(
+    judge, verifier
+):
+    judge.reply = lambda code, user: 503
+    outcomes = verifier.verify_many([(ask("Blue whale"), f"animal {i}") for i in range(200)])
+    assert all(o.correct is None and o.reason.startswith("judge unavailable: ") for o in outcomes)
+    assert all("HTTP 503" in o.reason for o in outcomes)
+    assert len(judge.requests) < 20
+    judge.reply = lambda code, user: f"VERDICT-{code}: CORRECT"
+    assert verifier.verify(ask("Blue whale"), "animal 1").correct is True

@@ -20,6 +20,7 @@ from uniopd_mm.config import VerifierConfig
 from uniopd_mm.rollout import Prompt
 from uniopd_mm.verifiers import VerifierError, get_verifier
 from uniopd_mm.verifiers.math import MathVerifier, compare_plain, tidy
+from uniopd_mm.verifiers.math_worker import MEMORY_BYTES
 from uniopd_mm.verifiers.math_workers import MathWorkers
 
 BOMBS = ["9^{9^{9}}", "10^{10^{10}}"]
@@ -156,6 +157,54 @@ def test_a_bomb_is_unknown_after_the_timeout_and_the_next_answers_are_judged():
         assert verifier.verify(ask("\\frac{1}{5}"), "\\boxed{0.2}").correct is True
     finally:
         verifier.close()
+
+
+def test_bombs_cost_their_limit_and_nothing_more_and_change_no_other_verdict():
+    verifier = make(workers=1, timeout_s=20.0)
+    items = [
+        (ask(f"\\frac{{1}}{{{i}}}"), f"\\boxed{{\\frac{{2}}{{{2 * i + i % 2}}}}}") for i in range(7, 107)
+    ]
+    try:
+        undisturbed = verifier.verify_many(items)
+        (pid,) = verifier.workers.pids()
+        verifier._cache.clear()
+        verifier.workers.close()
+        verifier.workers.timeout_s = 0.6
+        verifier.verify(*items[0])
+        with_bombs = [*items]
+        for at in (20, 50, 80):
+            with_bombs.insert(at, (ask("\\frac{1}{3}"), f"\\boxed{{{BOMBS[0]}}}"))
+        start = time.monotonic()
+        outcomes = verifier.verify_many(with_bombs)
+        assert (
+            time.monotonic() - start < 3 * 0.6 + 100 * 0.1
+        )  # a worker started anew would take a second each
+        assert [o for o in outcomes if o.correct is not None] == undisturbed
+        assert [o.reason for o in outcomes if o.correct is None] == ["took longer than 0.6 s"] * 3
+        assert verifier.workers.pids() != [pid] and len(verifier.workers.pids()) == 1
+    finally:
+        verifier.close()
+
+
+def test_a_memory_bomb_is_capped(verifier):
+    verifier.verify(ask("\\frac{1}{2}"), "\\boxed{0.5}")
+    (pid,) = verifier.workers.pids()
+    (fork,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for process in (pid, fork):
+        limits = Path(f"/proc/{process}/limits").read_text()
+        assert f"Max address space         {MEMORY_BYTES}" in limits
+
+
+def test_a_fork_killed_while_idle_costs_no_verdict(verifier):
+    verifier.verify(ask("\\frac{1}{2}"), "\\boxed{0.5}")
+    (pid,) = verifier.workers.pids()
+    (fork,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(int(fork), signal.SIGKILL)
+    time.sleep(0.2)
+    golds = [f"\\frac{{1}}{{{i}}}" for i in range(200, 210)]
+    outcomes = verifier.verify_many([(ask(gold), f"\\boxed{{{gold}+0}}") for gold in golds])
+    assert [o.correct for o in outcomes] == [True] * 10
+    assert verifier.workers.pids() == [pid]
 
 
 def test_a_timeout_is_not_remembered_but_verdicts_are(verifier):

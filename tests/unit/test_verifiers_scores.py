@@ -19,6 +19,7 @@ from uniopd_mm.verifiers import (
     cov_at_k,
     document,
     exact,
+    logicvista,
     maj_at_k,
     pass_at_k,
 )
@@ -61,6 +62,34 @@ def test_the_upstream_profile_gives_the_benchmarks_own_score(case):
     golds = case["reference"] if isinstance(case["reference"], list) else [case["reference"]]
     best = max(score(case["prediction"], gold, profile) for gold in golds)
     assert best == pytest.approx(case["expected"], abs=1e-12)
+
+
+@pytest.mark.parametrize("profile", ["upstream", "upstream_vlmevalkit"])
+@pytest.mark.parametrize(
+    ("answer", "gold", "score"),
+    [
+        ("$ﬁx$", "ﬁx", 0.6), ("  `my answer is B`)", "my answer is B", 0.8421052631578947), ("pears", "  pears!", 0.875),
+        ("  straße", "STRASSE", 0.7777777777777778), ("pear" + 16 * " ", "pear", 1.0), ("ab", "abcd", 0.5), (" or ", "", 0.5),
+    ],
+)  # fmt: skip
+def test_upstream_anls_divides_by_the_length_of_the_raw_string_in_capitals(answer, gold, score, profile):
+    assert document.score(answer, gold, profile) == pytest.approx(score, abs=1e-12)
+
+
+def test_ai2d_reads_the_letter_of_a_response_but_not_of_the_gold():
+    rows = [
+        ("B. heart", "B"),
+        ("(B)", "B"),
+        ("B. heart", "B. heart"),
+        ("$B. heart$", "B. heart"),
+        (" B", "B"),
+    ]
+    assert [choice.score(text, gold, "upstream_ai2d") for text, gold in rows] == [1, 1, 0, 1, 0]
+
+
+def test_logicvista_sorts_the_letters_of_an_answer_and_the_parts_of_the_gold():
+    rows = [("BA", "A, B"), ("AB", "AB"), ("AB", "BA"), ("AA", "A"), ("ab", "A, B")]
+    assert [logicvista.score(letters, gold) for letters, gold in rows] == [1, 1, 0, 0, 0]
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from uniopd_mm.config import VerifierConfig
 from uniopd_mm.rollout import Prompt
@@ -45,6 +48,23 @@ def pool():
         ("logicvista", "q", "A, B", "Answer: B and A", True), ("logicvista", "q", "A, B", "Answer: A", False),
         ("logicvista", "q", "A", "\\boxed{A, B}", False), ("logicvista:upstream", "q", "B, A", "AB", True),
         ("logicvista:upstream", "q", "A", "no idea", False),
+        ("numeric", "q", "12", "There are twelve apples.", True), ("numeric", "q", "12", "3 + 9 = 12", True),
+        ("numeric", "q", "12", "Total: 12", True), ("numeric", "q", "12", "2x = 12", False), ("numeric", "q", "12", "It is 12 or 13.", False),
+        ("chart", "q", "2010", "In the year 2010", True), ("chart", "q", "2010", "2010s", False), ("chart", "q", "2010", "2010-2011", False),
+        ("chart", "q", "[Red, Blue]", "Blue and Red", True), ("chart", "q", "[Red, Blue]", "Red or Blue", False),
+        ("chart", "q", "Yes", "Yes, it is higher.", True), ("chart", "q", "Yes", "Yes and no", False), ("chart", "q", "14", "about 14", True),
+        ("chart", "q", "United States", "the United States", True), ("chart", "q", "14", "14 or 20", False),
+        ("document", "q", "July 4, 2014", "June 4, 2014", False), ("document", "q", "$5 million", "$5 billion", False),
+        ("document", "q", "1.5 mg", "1.5 kg", False), ("document", "q", "sales", "no sales", False),
+        ("document", "q", "March 3, 2014", "March 03, 2014", True), ("document", "q", "Philip Morris USA", "Phillip Morris U.S.A.", False),
+        ("document", "q", "Philip Morris USA", "Philip Morris U.S.A.", True), ("document", "q", "$1,200.50", "1200.50", True),
+        ("math", "q", "5", "\\boxed{2x=5}", False), ("math", "q", "5", "\\boxed{x=5}", True), ("math", "q", "33", "\\boxed{m+n=33}", True),
+        ("math", "q", "5", "\\boxed{\\neq 5}", False), ("math", "q", "5", "\\boxed{> 5}", False), ("math", "q", "12", "\\boxed{12\\text{ or }13}", False),
+        ("math", "q", "5\\text{ cm}", "\\boxed{5\\text{ km}}", False), ("math", "q", "5\\text{ cm}", "\\boxed{50\\text{ mm}}", True),
+        ("math", "q", "123_4", "\\boxed{123_5}", False), ("math", "q", "123_4", "\\boxed{123_{4}}", True), ("math", "q", "ABC", "\\boxed{ACB}", False),
+        ("math", "q", "[1,2)", "\\boxed{1\\le x<2}", True), ("math", "q", "x>5", "\\boxed{(5,\\infty)}", True), ("math", "q", "5", "\\boxed{x>5}", False),
+        ("math", "q", "\\{1,2\\}", "\\boxed{x=1 \\text{ or } x=2}", True), ("math", "q", "5", "\\boxed{1}, \\boxed{5}", False),
+        ("logicvista", "q", "A, B", "A or B", False), ("recipe", "q", "12,345,678,901", "12,345,678,902", False),
         ("numeric", "q", "12", "The length is given; the answer is 12 cm.", True), ("numeric", "q", "12 cm", "12 mm", False),
         ("math", "q", "\\{1,2\\}", "\\boxed{\\{2,1\\}}", True), ("math", "q", "(1,2)", "\\boxed{(2,1)}", False),
         ("recipe", "q", "10000000001", "<answer>1000000000</answer>", False), ("recipe", "q", "Blue", "<answer>B</answer>", False),
@@ -64,6 +84,12 @@ def test_the_profile_judges_as_it_says(verifier, question, gold, text, correct, 
         ("$1,200", "1200 dollars", True), ("12cm²", "12 cm^2", True), ("12 m", "12 m^2", False), ("90^\\circ", "90", True),
         ("12 kilometers per hour", "12 km/h", True), ("1.2 \\times 10^{3} m", "1200 m", True), ("12 or 13", "12", False),
         ("12 and 5", "12", False), ("5 is wrong", "5", False), ("−5", "-5", True), ("1e999", "5", False), ("1/0", "5", False),
+        ("5000 m", "5 km", True), ("500 m", "5 km", False), ("120 mm^2", "1.2 cm^2", True), ("72 km/h", "20 m/s", True),
+        ("5 m", "5 s", False), ("5 km", "5 km/h", False), ("10000000001", "10000000002", False), ("0.3333333", "1/3", True),
+        ("$1.2 million", "1200000", True), ("1.2M", "$1,200,000", True), ("1.2 billion", "1.2 million", False), ("2½", "2.5", True),
+        ("2 1/2", "2.5", True), ("21/2", "2.5", False), ("about 12", "12", True), ("between 12 and 13", "12", False), ("> 12", "12", False),
+        ("12th of May", "12", False), ("12x", "12", False), ("B12", "12", False), ("3:12", "12", False), ("12个", "12", True),
+        ("minus 5", "-5", True), ("–5", "-5", True), ("3-5", "-5", False), ("12-13", "12", False), ("12 long", "12", True),
         ("\\frac{1}{2} cm", "0.5", True), ("twelve", "12", True), ("0.5", "0.52", False), ("", "5", False), ("cm", "5", False),
     ],
 )  # fmt: skip
@@ -99,3 +125,73 @@ def test_a_megabyte_of_anything_is_judged_in_linear_time(piece, pool):
     start = time.process_time()
     pool.check(items)
     assert time.process_time() - start < 5.0  # about 0.1 s each; quadratic work would take minutes
+
+
+GOLDS = {
+    "choice": "C",
+    "numeric": "7301",
+    "chart": "7301",
+    "exact": "walrus",
+    "math": "7301",
+    "recipe": "7301",
+    "mathvision": "C",
+}
+FRAMES = (
+    "{}",
+    "The answer is {}.",
+    "\\boxed{{{}}}",
+    "Answer: {}",
+    "<answer>{}</answer>",
+    "答案：{}",
+    '{{"answer": "{}"}}',
+)
+IN_PROCESS = ("choice", "numeric", "chart", "exact")
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=40), frame=st.sampled_from(FRAMES))
+def test_a_text_without_the_gold_is_never_correct(pool, text, frame):
+    for name in IN_PROCESS:
+        gold = GOLDS[name]
+        folded = unicodedata.normalize("NFKC", frame.format(text)).casefold()
+        if gold.casefold() in folded or "kidney" in folded or set("7301") <= set(folded):
+            continue
+        outcome = pool.check([(ask(gold, OPTIONS, verifier=name), frame.format(text))])[0]
+        assert outcome.correct is False, (name, outcome)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    left=st.text("0123456789", max_size=4),
+    right=st.text("0123456789", max_size=4),
+    frame=st.sampled_from(FRAMES),
+)
+def test_a_gold_inside_a_longer_number_is_never_correct(pool, left, right, frame):
+    number = f"{left}7301{right}"
+    same = int(number) == 7301
+    for name in ("numeric", "math", "recipe", "exact"):
+        if not (name == "exact" and left):  # there, zeros in front are other words
+            assert pool.check([(ask("7301", verifier=name), frame.format(number))])[0].correct is same
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    letters=st.lists(st.sampled_from("ABC"), min_size=2, max_size=3, unique=True),
+    joint=st.sampled_from((", ", " or ", " and ", "/", "; ", " or maybe ", " & ")),
+    frame=st.sampled_from(FRAMES),
+)
+def test_several_letters_are_never_the_one_of_the_gold(pool, letters, joint, frame):
+    text = frame.format(joint.join(letters))
+    for gold in letters:
+        assert pool.check([(ask(gold, OPTIONS, verifier="choice"), text)])[0].correct is False
+
+
+@pytest.mark.parametrize(
+    "name", ["choice", "numeric", "chart", "document", "exact", "math", "mathvision", "dynamath", "recipe"]
+)
+@pytest.mark.parametrize(
+    "text", ["", "C", "Answer: C", "\\boxed{7301}", "<think>7301", "\x00", "\ud800 7301"]
+)
+def test_every_outcome_has_a_reason_and_a_bad_answer_is_never_unknown(name, text, pool):
+    outcome = pool.check([(ask(GOLDS.get(name, "12"), OPTIONS, verifier=name), text)])[0]
+    assert outcome.correct is not None and outcome.reason and outcome.score is not None

@@ -144,6 +144,72 @@ def test_the_recipes_false_positives_are_in_its_upstream_profiles_only(gold, ans
     assert recipe.is_match(answer, gold, "lmms_eval") is lmms_eval
 
 
+FIVE = ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "options", "score"),
+    [
+        ("12", "\\boxed{12}", [], 1), ("12", "The answer is \\boxed{12}.", [], 1), ("12", "12)", [], 0), ("12", "12.", [], 1),
+        ("\\sqrt{8}", "2\\sqrt{2}", [], 0), ("0.5", "50 %", [], 1), ("1.5", "1\\frac{1}{2}", [], 1), ("12", "12^\\circ", [], 1),
+        ("12", "x=12", [], 0), ("12", "\\boxed{11} or \\boxed{12}", [], 0), ("0.5", "1/2", [], 1), ("1000", "1e3", [], 1),
+        ("10^{3}", "1e3", [], 0), ("12", "A", [], 1), ("8", "2**3", [], 1), ("12", "+\t12", [], 1), ("0.5", "10^{400}", [], 0),
+        ("C", "\\boxed{C}", [], 0), ("C", "\\boxed{C}", FIVE, 1), ("C", "C is the answer to this one", FIVE, 0),
+        ("1200", "1,200", [], 1), ("12", "12\\text{ cm}", [], 0), ("C", "3 of them", FIVE, 1), ("-5", "−5", [], 1),
+    ],
+)  # fmt: skip
+def test_vlmevalkits_mathvision_rule_compares_as_python_or_as_latex(gold, answer, options, score):
+    assert mathvision.score(answer, gold, "upstream_vlmevalkit", options) == score
+
+
+@given(st.text("0123456789.,+-*/^!(){}[]\\%$=|'_ \t abefinpqrstx", max_size=40))
+def test_no_answer_makes_vlmevalkits_rule_raise(text):
+    assert mathvision.score(text, "12", "upstream_vlmevalkit") in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "scorer", "gold", "text", "alone", "printed"),
+    [
+        ("chartqa", "chart:upstream", "14", "<think>12</think>14\n", 0, 1),
+        ("chartqa", "chart:upstream", "Blue ", "Blue", 1, 0),
+        ("ai2d", "choice:upstream_ai2d", "B", "<think>A</think>\nB", 0, 1),
+        ("ai2d", "choice:upstream_ai2d", "B", " B", 0, 1),
+        ("ai2d", "choice:upstream_ai2d", "B", "B. heart", 1, 1),
+        ("ai2d", "choice:upstream_ai2d", "B", "<think>A</think>B. heart", 0, 0),
+        ("visulogic", "choice:upstream_visulogic", "C", "<think>option A</think>C", 0, 1),
+        ("docvqa", "document:upstream", ["pears"], "<analysis>a tree</analysis>pears ", 0, 1),
+        ("mathvision", "mathvision:upstream", "12", "<think>\\boxed{3}</think>12", 0, 1),
+        ("reasoning", "recipe:lmms_eval", "8", "<think><answer>7</answer></think><answer>8</answer>", 0, 1),
+        ("reasoning", "recipe:lmms_eval", "8", "<think>so \\boxed{8}", 1, 1),
+        ("reasoning", "recipe:lmms_eval", "8", "<think>so \\boxed{8}</think> Eight.", 1, 0),
+    ],
+)
+def test_lmms_evals_command_line_takes_closed_reasoning_away_before_it_scores(
+    task, scorer, gold, text, alone, printed
+):
+    prompt = Prompt("row", ({"role": "user", "content": "q"},), answer=gold)
+    for name, score in ((scorer, alone), (f"lmms_eval:{task}", printed)):
+        verifier = get_verifier(name, VerifierConfig(timeout_s=20.0))
+        assert verifier.verify(prompt, text).score == score
+        verifier.close()
+
+
+def test_a_document_task_with_reasoning_measures_the_answer_that_the_recipe_finds():
+    prompt = Prompt("row", ({"role": "user", "content": "q"},), answer=["apples", "pears"])
+    verifier = get_verifier("lmms_eval:docvqa_reasoning")
+    text = "<analysis>apples?</analysis><answer> peers </answer>"
+    outcome = verifier.verify(prompt, text)
+    assert (outcome.score, outcome.extracted, outcome.correct) == (pytest.approx(0.8), "peers", True)
+    assert verifier.verify(prompt, "<think>\\boxed{pears}</think>nuts").score == 0.0
+    assert verifier.verify(Prompt("row", prompt.messages, answer=None), text).correct is None
+
+
+@pytest.mark.parametrize("text", ["\\boxed{10^{400}}", '{"short answer": "1e400"}', "10^{400}"])
+def test_a_number_beyond_floats_is_a_wrong_dynamath_answer(text):
+    prompt = Prompt("row", ({"role": "user", "content": "q"},), answer="3.142")
+    assert get_verifier("dynamath").verify(prompt, text).correct is False
+
+
 def test_the_recipe_verifier_says_accuracy_format_and_total():
     verifier = get_verifier("recipe:uniopd", VerifierConfig(timeout_s=20.0))
     prompt = Prompt("row", ({"role": "user", "content": "q"},), answer="1200")

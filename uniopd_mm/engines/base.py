@@ -29,6 +29,8 @@ class Engine(Protocol):
     """True: ``sampler_logprobs`` come from the trainer's own weights and kernels."""
     failed: list[str]
     """Why rollouts of the last :meth:`sample` are missing, one reason for each."""
+    context: int | None
+    """Tokens that prompt and answer may have together; None = not known."""
 
     def sample(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 from uniopd_mm.config import SamplingConfig
 from uniopd_mm.engines.base import answered
 from uniopd_mm.engines.sampling import rollout_uniforms, sample_tokens
-from uniopd_mm.models import MultimodalLM, start_decoding
+from uniopd_mm.models import MultimodalLM, context_length, start_decoding
 from uniopd_mm.rollout import Group, Rollout
 
 COMPACT_BELOW = 0.75
@@ -32,6 +32,7 @@ class LocalEngine:
         self.student = student
         self.concurrent_rollouts = concurrent_rollouts
         self.failed: list[str] = []  # nothing fails in process
+        self.context = context_length(student.text_config)
         processor = student.processor
         n_rows = student.transformer.get_output_embeddings().out_features
         # Rows of the head beyond the tokenizer are padding: they decode to nothing and no teacher knows them.
@@ -123,6 +124,7 @@ class LocalEngine:
         self, groups: list[int], n: int, ids_TR: Tensor, logprobs_TR: Tensor, stops_TR: Tensor
     ) -> dict[int, tuple[Rollout, ...]]:
         """The rollouts of these groups, which have stopped or are at the limit: T tokens."""
+        indices = [i for _ in groups for i in range(n)]
         columns = torch.tensor([g * n + i for g in groups for i in range(n)], device=ids_TR.device)
         ids_RT, logprobs_RT = ids_TR[:, columns].T.cpu(), logprobs_TR[:, columns].T.cpu()
         stops_RT = stops_TR[:, columns].T.cpu()
@@ -133,9 +135,10 @@ class LocalEngine:
                 response_ids=ids_T[:length].clone(),
                 sampler_logprobs=logprobs_T[:length].clone(),
                 finish="stop" if stopped else "length",
+                index=index,
             )
-            for ids_T, logprobs_T, length, stopped in zip(
-                ids_RT, logprobs_RT, length_R.tolist(), stopped_R.tolist(), strict=True
+            for ids_T, logprobs_T, length, stopped, index in zip(
+                ids_RT, logprobs_RT, length_R.tolist(), stopped_R.tolist(), indices, strict=True
             )
         ]
         return {g: tuple(rollouts[k * n : (k + 1) * n]) for k, g in enumerate(groups)}

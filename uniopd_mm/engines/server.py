@@ -29,7 +29,7 @@ from uniopd_mm.servers import (
     SGLangSampler,
     png_uri,
 )
-from uniopd_mm.servers.serving import find_model, make_pool
+from uniopd_mm.servers.serving import find_context, find_model, make_pool, setting
 
 if TYPE_CHECKING:
     from uniopd_mm.processors import VLMProcessor
@@ -53,11 +53,15 @@ class ServerEngine:
     matches_trainer = False
 
     def __init__(
-        self, settings: RolloutServerConfig, processor: VLMProcessor, vocab_size: int | None = None
+        self,
+        settings: RolloutServerConfig,
+        processor: VLMProcessor,
+        vocab_size: int | None = None,
+        where: str = WHERE,
     ) -> None:
         """``vocab_size``: rows of the model's head; ids that it does not have need not be suppressed, and those beyond
-        the tokenizer are.  None = as many as the tokenizer has ids."""
-        self.settings, self.processor = settings, processor
+        the tokenizer are.  None = as many as the tokenizer has ids.  ``where`` the settings are, for messages."""
+        self.settings, self.processor, self.where = settings, processor, where
         self.sampler: Sampler = SAMPLERS[settings.kind]
         self.suppressed = _suppressed(processor, vocab_size)
         self.model = settings.model or ""
@@ -67,9 +71,11 @@ class ServerEngine:
         """The servers were given their weights by this run: answers of other weights are refused."""
         self.failed: list[str] = []
         """Why rollouts of the last :meth:`sample` are missing, one reason for each."""
+        self.context: int | None = None
+        """Tokens that prompt and answer may have together; None = the servers do not say."""
         self.report = "not connected"
         """What :meth:`connect` found, for people."""
-        self.pool = make_pool(WHERE, settings)
+        self.pool = make_pool(self.where, settings)
 
     def __enter__(self) -> ServerEngine:
         return self
@@ -84,13 +90,14 @@ class ServerEngine:
         """Ask every URL which model it serves and for a short answer, with and without a picture; ConfigError."""
         kind, urls = self.settings.kind, self.settings.urls
         # SGLang's /model_info would name the folder that it loaded weights from last.
-        self.model = find_model(WHERE, self.settings, self.pool, "/v1/models")
+        self.model = find_model(self.where, self.settings, self.pool, "/v1/models")
+        self.context = find_context(self.pool)
         if kind == "sglang":
             replies = [reply for _, reply in self.pool.get("/server_info")]
             seeded = any(isinstance(r, dict) and r.get("enable_deterministic_inference") for r in replies)
             self.sampler = SGLangSampler(seeded)
         for url in urls:
-            with closing(make_pool(WHERE, self.settings, [url])) as pool:
+            with closing(make_pool(self.where, self.settings, [url])) as pool:
                 self._probe(pool, url)
         self.report = f"{kind} at {', '.join(urls)} serves {self.model}"
 
@@ -154,7 +161,7 @@ class ServerEngine:
 
     def _sync_advice(self, problems: list[str]) -> list[str]:
         advice = [
-            f"Can the servers read that folder? Type {WHERE}.sync_folder=FOLDER, on a disk that trainer and servers "
+            f"Can the servers read that folder? Type {setting(self.where, 'sync_folder', 'FOLDER')}, on a disk that trainer and servers "
             "share. A server that failed to load weights has to be started again."
         ]
         if any("/collective_rpc: HTTP 404" in problem for problem in problems):
@@ -170,7 +177,7 @@ class ServerEngine:
             if group.encoded.image_spans:
                 raise ConfigError(
                     f"{group.prompt.source or group.prompt.id} has images, but server kind {self.settings.kind} takes "
-                    f"text alone. Type {WHERE}.kind=vllm (or sglang)."
+                    f"text alone. Type {setting(self.where, 'kind', 'vllm')} (or sglang)."
                 )
 
     def _request(self, group: Group, n: int, sampling: SamplingConfig, seed: Sequence[int]) -> SampleRequest:
@@ -208,12 +215,12 @@ class ServerEngine:
         except ServerError as error:
             answers = [f"server: {' '.join(str(error).split())}"] * asked.n
         rollouts = []
-        for answer in answers:
+        for index, answer in enumerate(answers):
             answer = self._fresh(answer)
             if isinstance(answer, str):
                 self.failed.append(answer[:_REASON_LENGTH])
             else:
-                rollouts.append(self._rollout(answer))
+                rollouts.append(self._rollout(answer, index))
         return tuple(rollouts)
 
     def _fresh(self, answer: Sampled | str) -> Sampled | str:
@@ -227,21 +234,23 @@ class ServerEngine:
             "started again?"
         )
 
-    def _rollout(self, answer: Sampled) -> Rollout:
+    def _rollout(self, answer: Sampled, index: int) -> Rollout:
         import torch
 
         return Rollout(
             response_ids=torch.tensor(answer.ids, dtype=torch.long),
             sampler_logprobs=answer.logprobs,
             finish=answer.finish,
+            index=index,
         )
 
     def _stop_past_share(self, total: int) -> None:
         limit = self.settings.max_failed_share
         if len(self.failed) <= limit * total:
             return
+        allowed = setting(self.where, "max_failed_share", f"{limit:g}")
         lines = [
-            f"{len(self.failed)} of {total} rollouts could not be sampled, more than {WHERE}.max_failed_share={limit:g}:"
+            f"{len(self.failed)} of {total} rollouts could not be sampled, more than {allowed} lets pass:"
         ]
         lines += [f"  {count} x {reason}" for reason, count in Counter(self.failed).most_common(3)]
         if any("prompt ids differ" in reason or "prompt tokens" in reason for reason in self.failed):
@@ -249,7 +258,8 @@ class ServerEngine:
                 "Do the servers serve the student, with the same processor settings (student.min_pixels, max_pixels)?"
             )
         lines.append(
-            f"Look at the servers, or raise {WHERE}.max_failed_share to go on with fewer; the same command continues."
+            f"Look at the servers, or raise {setting(self.where, 'max_failed_share')} to go on with fewer; the same "
+            "command continues."
         )
         raise EngineError("\n".join(lines))
 
@@ -279,7 +289,7 @@ class ServerEngine:
             if problem:
                 about = "a picture" if images else "a text"
                 raise ConfigError(
-                    f"{WHERE}: {url} ({self.settings.kind}) gave no usable answer to {about}: {problem.rstrip('.')}.\n"
+                    f"{self.where}: {url} ({self.settings.kind}) gave no usable answer to {about}: {problem.rstrip('.')}.\n"
                     "  It must serve the student, with its processor settings (min_pixels, max_pixels), and say token ids "
                     "and log-probabilities: vLLM (vllm serve MODEL --enable-scale-out for kind vllm) or SGLang."
                 )
@@ -335,7 +345,7 @@ def require_comparable(engine: ServerEngine, config: TrainConfig) -> None:
         return
     said = "at an unknown temperature" if found is None else f"at temperature {found:g}"
     raise ConfigError(
-        f"{WHERE}: kind {engine.settings.kind} gives log-probabilities {said}, the trainer scores at {wanted:g}, and what "
+        f"{engine.where}: kind {engine.settings.kind} gives log-probabilities {said}, the trainer scores at {wanted:g}, and what "
         f"differs would be taken for a mismatch of kernels. Type rollout.temperature={wanted:g}, or loss.mismatch_cap=null "
         "to train without the correction."
     )

@@ -1,5 +1,5 @@
-"""The runner that ``eval/run.py`` and evaluation during training share."""
+"""What ``eval/run.py`` and evaluation during training share; the names here are those that training needs."""
 
-from uniopd_mm.evaluation.runner import Sample, evaluate, summarise, write_samples
+from uniopd_mm.evaluation.runner import evaluate, summarise, write_scored
 
-__all__ = ["Sample", "evaluate", "summarise", "write_samples"]
+__all__ = ["evaluate", "summarise", "write_scored"]

@@ -31,6 +31,11 @@ class Source:
     files: tuple[str, ...] = ()
     """Files of the repository to read as they are (JSONL, Parquet, JSON), for sets that need a loading script."""
     revision: str | None = None
+    n_rows: int | None = None
+    """Rows of this split, where a benchmark has several."""
+    late: tuple[str, ...] = ()
+    """Columns of a JSONL file that are too large to hold: a row has ``{"file": ..., "offset": ...}``, where it begins in
+    its file, in their place."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Preset:
     prompt: str = "{question}"
     """The user turn; what the fields are is the benchmark's."""
     system: str | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, e.g. ``enable_thinking``; templates that do not know one ignore it."""
     limit: int | None = None
     """Rows, for quick looks; None = all."""
 

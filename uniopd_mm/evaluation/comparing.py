@@ -16,6 +16,7 @@ MAY_DIFFER = (
     "sampled.model",
     "sampled.dtype",
     "sampled.engine",
+    "sampled.context",
     "run.limit",
     "run.n",
     "run.source",

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,18 @@ from uniopd_mm.evaluation.tasks import Task
 SCHEMA_VERSION = 1
 GOLD_CHARS = 2000
 """Golds are cut here in ``scores.jsonl``: the tests of one program can take megabytes."""
+
+
+def require_writable(out: Path) -> None:
+    """Make the folder of a run; ConfigError where nothing can be written into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {out}: {error.strerror}. Give a folder for the results: --out FOLDER"
+        ) from error
 
 
 def write_results(out: Path, settings: Mapping[str, Any], results: Mapping[str, Any], means: Mapping) -> None:

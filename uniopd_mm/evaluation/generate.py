@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 from uniopd_mm.engines import Engine, encode_groups
 from uniopd_mm.errors import DataError, UniOPDError
-from uniopd_mm.evaluation.runner import EVALUATION_SEED
 from uniopd_mm.evaluation.samples import Sample, SampleStore
 from uniopd_mm.prompts import open_images
-from uniopd_mm.rollout import Group, Outcome, Prompt, Rollout
+from uniopd_mm.rollout import Group, Outcome, Prompt
 
 if TYPE_CHECKING:
     from uniopd_mm.config import SamplingConfig
@@ -23,15 +22,22 @@ if TYPE_CHECKING:
     from uniopd_mm.processors import VLMProcessor
     from uniopd_mm.verifiers import VerifierPool
 
+EVALUATION_SEED = 1_000_003
+"""Keeps the random numbers of evaluation apart from those of training."""
 ROUND = 8
 """Samples of one prompt that are decoded together behind it."""
 WINDOW = 16
 """Batches whose prompts are sorted by length among themselves."""
 VERIFIED_TOGETHER = 512
+ROOM_STEP = 256
+"""What the context leaves for an answer is rounded down to a multiple, so that prompts of like length, which have like
+room, are still answered together."""
 _CHARS_PER_TOKEN = 4
 
 Progress = Callable[[int, int], None]
 """Gets (samples done, samples to do) of this rank in this run."""
+Report = Callable[[Sequence[Sample]], None]
+"""Gets samples as soon as they are done."""
 
 
 def generate(
@@ -55,14 +61,32 @@ def generate(
     with world.together(UniOPDError, OSError):
         mine = prompts[world.rank :: world.size]
         missing = store.missing(name, [prompt.id for prompt in mine], n)
-        report = _Report(store, sum(map(len, missing.values())), progress)
-        for some in _batches([prompt for prompt in mine if prompt.id in missing], processor, batch):
-            groups, failed = _encode(some, processor)
-            report([_no_answer(name, p.id, i, reason) for p, reason in failed for i in missing[p.id]])
-            for number in range((n + ROUND - 1) // ROUND):
-                wanted = {g.slot: [i for i in missing[g.prompt.id] if i // ROUND == number] for g in groups}
-                _round(name, engine, groups, wanted, sampling, (EVALUATION_SEED, seed, number), report)
+        report = _Storing(store, sum(map(len, missing.values())), progress)
+        answer(engine, processor, name, mine, missing, sampling, seed, report, batch)
     store.refresh()
+
+
+def answer(
+    engine: Engine,
+    processor: VLMProcessor,
+    name: str,
+    prompts: Sequence[Prompt],
+    missing: Mapping[str, Sequence[int]],
+    sampling: SamplingConfig,
+    seed: int,
+    report: Report,
+    batch: int = 64,
+) -> None:
+    """Report the samples ``missing`` (indices by prompt id) of ``prompts``, each once, also those without an answer.
+
+    An answer ends where the engine's context is full.
+    """
+    for some in _batches([prompt for prompt in prompts if prompt.id in missing], processor, batch):
+        groups, failed = _encode(some, processor, engine.context)
+        report([_no_answer(name, p.id, i, reason) for p, reason in failed for i in missing[p.id]])
+        for number in sorted({i // ROUND for group in groups for i in missing[group.prompt.id]}):
+            wanted = {g.slot: [i for i in missing[g.prompt.id] if i // ROUND == number] for g in groups}
+            _round(name, engine, groups, wanted, sampling, (EVALUATION_SEED, seed, number), report)
 
 
 def score(
@@ -119,6 +143,7 @@ def _image_size(value: object) -> tuple[int, int]:
 
     from PIL import Image
 
+    value = value() if callable(value) else value
     if isinstance(value, Image.Image):
         return value.size
     source = io.BytesIO(value) if isinstance(value, bytes) else value
@@ -137,19 +162,35 @@ def _image_size(value: object) -> tuple[int, int]:
 
 
 def _encode(
-    prompts: Sequence[Prompt], processor: VLMProcessor
+    prompts: Sequence[Prompt], processor: VLMProcessor, context: int | None
 ) -> tuple[list[Group], list[tuple[Prompt, str]]]:
-    """Groups, and the prompts that cannot be encoded with the reason."""
+    """Groups, and the prompts that cannot be encoded, or leave no room for an answer, with the reason."""
     groups, failed = [], []
     for prompt in prompts:
         try:
-            groups += encode_groups([(prompt_slot(prompt.id), prompt, open_images(prompt))], processor)
+            (group,) = encode_groups([(prompt_slot(prompt.id), prompt, open_images(prompt))], processor)
         except DataError as error:
             failed.append((prompt, str(error)))
+            continue
+        length = len(group.encoded.input_ids)
+        if context is not None and length >= context:
+            hint = ". Smaller pictures: --max-pixels" if prompt.images else ""
+            failed.append((prompt, f"{length} prompt tokens; prompt and answer may have {context}{hint}"))
+        else:
+            groups.append(group)
     return groups, failed
 
 
-class _Report:
+def answer_tokens(max_new_tokens: int, n_prompt: int, context: int | None) -> int:
+    """Tokens that the answer to a prompt of ``n_prompt`` tokens may have: fewer than ``max_new_tokens`` where the context
+    is full before."""
+    if context is None or n_prompt + max_new_tokens <= context:
+        return max_new_tokens
+    left = context - n_prompt
+    return left - left % ROOM_STEP or left
+
+
+class _Storing:
     """Puts samples on disk and says how many there are."""
 
     def __init__(self, store: SampleStore, total: int, progress: Progress | None) -> None:
@@ -170,42 +211,44 @@ def _round(
     wanted: Mapping[int, Sequence[int]],
     sampling: SamplingConfig,
     seed: tuple[int, ...],
-    report: Callable[[Sequence[Sample]], None],
+    report: Report,
 ) -> None:
     """Sample the indices ``wanted`` (by slot, of one round), and report each group as soon as it is done.
 
     An engine numbers the rollouts of a call from 0, so those before the first missing one are sampled again and left.
     """
-    sizes: dict[int, list[Group]] = {}
+    alike: dict[tuple[int, int], list[Group]] = {}
     for group in groups:
         if wanted[group.slot]:
-            sizes.setdefault(wanted[group.slot][-1] % ROUND + 1, []).append(group)
-    for size, some in sorted(sizes.items()):
+            room = answer_tokens(sampling.max_new_tokens, len(group.encoded.input_ids), engine.context)
+            alike.setdefault((wanted[group.slot][-1] % ROUND + 1, room), []).append(group)
+    for (size, room), some in sorted(alike.items()):
         waiting = {group.slot: group for group in some}
 
-        def finished(ready: list[Group], size: int = size, waiting: dict[int, Group] = waiting) -> None:
+        def finished(ready: list[Group], waiting: dict[int, Group] = waiting) -> None:
             for group in ready:
                 del waiting[group.slot]
-                indices, rollouts = wanted[group.slot], group.rollouts
-                if len(rollouts) == size:  # else a server lost some, and it is not known which
-                    rollouts = tuple(rollouts[i % ROUND] for i in indices)
-                report(_samples(name, group.prompt.id, indices, rollouts[: len(indices)], engine.failed))
+                report(_samples(name, group, wanted[group.slot], engine.failed))
 
-        engine.sample(some, size, sampling, seed, finished=finished)
+        engine.sample(
+            some, size, sampling.model_copy(update={"max_new_tokens": room}), seed, finished=finished
+        )
         for group in waiting.values():
-            report(_samples(name, group.prompt.id, wanted[group.slot], (), engine.failed))
+            report(_samples(name, group, wanted[group.slot], engine.failed))
 
 
-def _samples(
-    name: str, id: str, indices: Sequence[int], rollouts: Sequence[Rollout], failed: Sequence[str]
-) -> list[Sample]:
-    """One sample per index; those that no rollout is left for have no answer."""
-    lost = "; ".join(dict.fromkeys(failed)) or "not answered"
-    samples = [
-        Sample(name, id, index, rollout.text, rollout.finish, len(rollout.response_ids))
-        for index, rollout in zip(indices, rollouts, strict=False)
-    ]
-    return samples + [_no_answer(name, id, index, lost) for index in indices[len(rollouts) :]]
+def _samples(name: str, group: Group, indices: Sequence[int], failed: Sequence[str]) -> list[Sample]:
+    """One sample per index; a rollout that was lost leaves one without an answer."""
+    id, lost = group.prompt.id, "; ".join(dict.fromkeys(failed)) or "not answered"
+    rollouts = {rollout.index: rollout for rollout in group.rollouts}
+    samples = []
+    for index in indices:
+        rollout = rollouts.get(index % ROUND)
+        if rollout is None:
+            samples.append(_no_answer(name, id, index, lost))
+        else:
+            samples.append(Sample(name, id, index, rollout.text, rollout.finish, len(rollout.response_ids)))
+    return samples
 
 
 def _no_answer(name: str, id: str, index: int, reason: str) -> Sample:

@@ -105,7 +105,7 @@ class UniOPDModel(lmms):
 
     def _answer(self, prompts: Sequence[Prompt], slots: Sequence[int], options: dict[str, Any]) -> list[str]:
         from uniopd_mm.engines import encode_groups
-        from uniopd_mm.evaluation.runner import EVALUATION_SEED
+        from uniopd_mm.evaluation.generate import EVALUATION_SEED
         from uniopd_mm.prompts import open_images
 
         groups = encode_groups(

@@ -14,8 +14,10 @@ from uniopd_mm.report.console import format_duration
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+FIRST_S = 5.0
+"""Before the first line where no bar can be drawn: an early word of how long it will take."""
 INTERVAL_S = 30.0
-"""Between two lines where no bar can be drawn."""
+"""Between two further lines."""
 
 
 class ProgressLine:
@@ -32,7 +34,8 @@ class ProgressLine:
         """``shown`` False: says nothing (ranks other than the first)."""
         self.name, self.unit, self.shown = name, unit, shown
         self.file, self.clock = file or sys.stderr, clock
-        self.started = self.said = clock()
+        self.started = clock()
+        self.said: float | None = None
         self._bar: Progress | None = None
 
     def __enter__(self) -> ProgressLine:
@@ -52,9 +55,14 @@ class ProgressLine:
             self._bar.start()
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, left=left)
-        elif self.clock() - self.said >= INTERVAL_S or (done == total and self.said > self.started):
+        elif done and (self._is_due() or (done == total and self.said is not None)):
             self.said = self.clock()
             print(f"{self.name}: {done}/{total} {left}", file=self.file, flush=True)
+
+    def _is_due(self) -> bool:
+        if self.said is None:
+            return self.clock() - self.started >= FIRST_S
+        return self.clock() - self.said >= INTERVAL_S
 
     def left(self, done: int, total: int) -> str:
         """Time left at the pace so far, for people; ``?`` before the first."""

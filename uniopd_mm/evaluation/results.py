@@ -10,7 +10,7 @@ from typing import Any
 
 from uniopd_mm.evaluation.benchmark import Benchmark, Row, Scores
 from uniopd_mm.evaluation.samples import Sample
-from uniopd_mm.evaluation.statistics import bootstrap_interval
+from uniopd_mm.evaluation.statistics import bootstrap_interval, exact_interval
 from uniopd_mm.rollout import Outcome, Prompt
 from uniopd_mm.verifiers.metrics import avg_at_k, maj_at_k, pass_at_k
 
@@ -137,11 +137,13 @@ def _interval(
     benchmark: Benchmark, rows: Sequence[Row], scores: Sequence[Scores], score: float | None
 ) -> tuple[float, float] | None:
     """95 % bootstrap interval of the headline number, where that is the mean over units, or over all their rows; None
-    where it is neither (or is no number)."""
+    where it is neither (or is no number).  Where all units are right, or all wrong, the exact one of Clopper and Pearson."""
     found = unit_scores(benchmark, rows, scores)
     values, sizes = [value for value, _ in found.values()], [size for _, size in found.values()]
     if score is None or len(values) < 2:
         return None
+    if set(values) == {score} and score in (0.0, 1.0):  # resamples of equal values know nothing of others
+        return exact_interval(score, len(values))
     for weights in ([1.0] * len(values), sizes):
         mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
         if abs(mean - score) < _SAME:

@@ -6,6 +6,7 @@ changes what is sampled (``settings.json`` beside it), so that answers of other 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -114,8 +115,9 @@ class SampleStore:
         """Write samples in one go: a process that is killed leaves all of them, or a last line that is cut."""
         lines = [json.dumps({"settings": self.hash, **asdict(s)}, ensure_ascii=False) for s in samples]
         data = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
-        while data:
-            data = data[os.write(self._file, data) :]
+        with writing(self.path):
+            while data:
+                data = data[os.write(self._file, data) :]
         self._samples |= {sample.key: sample for sample in samples}
 
     def samples(self, benchmark: str, ids: Iterable[str], n: int) -> list[Sample]:
@@ -192,5 +194,20 @@ def _read(path: Path, wanted: str) -> Iterator[Sample]:
 def write_whole(path: Path, text: str) -> None:
     """The file appears whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of the disk (it is full, say) inside is one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror}. Mend that (is the disk full?); the same command then goes on from here"
+        ) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniopd_mm.config import ModelConfig, RolloutServerConfig
-from uniopd_mm.errors import ConfigError, UniOPDError
+from uniopd_mm.errors import ConfigError, DataError, UniOPDError
 from uniopd_mm.evaluation.benchmark import Benchmark, Preset, Profile
 from uniopd_mm.evaluation.folder import write_task
 from uniopd_mm.evaluation.generate import ROUND, generate, score
@@ -20,7 +20,7 @@ from uniopd_mm.evaluation.page import write_page
 from uniopd_mm.evaluation.progress import ProgressLine
 from uniopd_mm.evaluation.results import Scored, summarise_benchmark
 from uniopd_mm.evaluation.samples import Sample, SampleStore, different
-from uniopd_mm.evaluation.tasks import Task, data_task, load_task
+from uniopd_mm.evaluation.tasks import LISTED, MAX_BAD_SHARE, Task, data_task, load_task
 
 if TYPE_CHECKING:
     from typing import Self
@@ -141,7 +141,7 @@ class Answerer:
 
         assert self.server is not None
         self._processor = load_processor(self.model)
-        self._engine = stack.enter_context(ServerEngine(self.server, self._processor))
+        self._engine = stack.enter_context(ServerEngine(self.server, self._processor, where="--server"))
         self._engine.connect()
         self.report = f"{self.model.model}: {self._engine.report}"
 
@@ -149,7 +149,7 @@ class Answerer:
         """The engine and the processor, for others who ask."""
         return self._engine, self._processor
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, preset: Preset) -> dict[str, Any]:
         """What of the model changes the samples."""
         return {
             "model": model_identity(self.model),
@@ -157,24 +157,35 @@ class Answerer:
             "engine": "local" if self.server is None else self.server.kind,
             "min_pixels": self.model.min_pixels,
             "max_pixels": self.model.max_pixels,
-            "template": self.model.template,
+            "template": {**preset.template, **self.model.template},
             "seed": self.seed,
         }
 
     def answer(self, task: Task, request: Request) -> tuple[dict[str, Any], list[Sample]]:
         """All samples of the task, in the order of its prompts, on every rank; and the settings they are kept by."""
-        settings = {**self.settings(), **request.sampled(task)}
+        context, longest = self._engine.context, task.preset.sampling.max_new_tokens
+        is_full = context is not None and longest >= context
+        settings = {
+            **self.settings(task.preset),
+            **request.sampled(task),
+            "context": context if is_full else None,
+        }
         root, ids = request.folder / "state", [prompt.id for prompt in task.prompts]
         if self.fresh and self.world.is_main:
             set_aside(root, settings)
         self.world.barrier()
         with SampleStore(root, settings, self.world.rank) as store:
             if self.world.is_main:
+                if is_full:
+                    more = "; for more, start the server with room for it" if self.server else ""
+                    print(
+                        f"  prompt and answer may have {context} tokens together, what is not done by then is cut off{more}"
+                    )
                 self._say_known(store, task, ids)
             with ProgressLine(task.name, shown=self.world.is_main) as progress:
                 generate(
                     self._engine,
-                    self._processor,
+                    self._processor.with_template(task.preset.template),
                     task.name,
                     task.prompts,
                     task.preset.n,
@@ -209,6 +220,20 @@ def set_aside(root: Path, settings: Mapping[str, Any]) -> None:
         folder.rename(root / f"{folder.name}.old{number}")
 
 
+def check_golds(task: Task, verifiers: VerifierPool, world: World) -> list[str]:
+    """``id: why`` of rows whose gold answer the verifiers cannot use, which will be unknown; DataError for more than 1 %."""
+    mine = task.prompts[world.rank :: world.size]
+    with world.together(UniOPDError):
+        whys = zip(mine, verifiers.check_golds(mine), strict=True)
+        found = [f"{prompt.source or prompt.id}: {why}" for prompt, why in whys if why]
+    found = world.gather(found)
+    if len(found) > MAX_BAD_SHARE * len(task.prompts):
+        more = [f"... and {len(found) - LISTED} more"] if len(found) > LISTED else []
+        head = f"{len(found)} of {len(task.prompts)} gold answers of {task.name} cannot be used:"
+        raise DataError("\n  ".join([head, *found[:LISTED], *more]))
+    return found
+
+
 def score_task(task: Task, samples: Sequence[Sample], verifiers: VerifierPool, world: World) -> list[Scored]:
     """Outcomes of all samples, on every rank; the ranks share the work."""
     known = {prompt.id for prompt in task.prompts}
@@ -239,6 +264,13 @@ def write_found(
     result = summarise_benchmark(task.benchmark, task.rows, task.prompts, scored)
     result["verifiers"] = sorted(set(names))
     result["left_out"] = len(task.left_out)
+    sampled = (settings.get("sampled") or {}).get("sampling") or {}
+    longest = sampled.get("max_new_tokens", 0)
+    full = sum(one.sample.finish == "length" and one.sample.n_tokens < longest for one in scored)
+    if full:
+        result["notes"].append(
+            f"cut off before {longest} tokens, where prompt and answer filled the context: {full} of {len(scored)} answers"
+        )
     write_task(request.folder, task, settings, scored, names)
     write_page(request.folder / "samples.html", task, result, scored, about)
     return result

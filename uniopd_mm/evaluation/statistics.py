@@ -54,6 +54,12 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def exact_interval(value: float, n: int) -> tuple[float, float]:
+    """95 % interval (Clopper and Pearson 1934) of a share of which all n units are 0, or all 1."""
+    rest = 0.025 ** (1 / n)
+    return (0.0, 1 - rest) if value == 0 else (rest, 1.0)
+
+
 def compare(first_U: Sequence[float], second_U: Sequence[float], seed: int = 0) -> Difference:
     """Paired comparison of the same units in two runs; ValueError for none."""
     if len(first_U) != len(second_U) or not len(first_U):

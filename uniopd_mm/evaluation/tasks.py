@@ -5,21 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from uniopd_mm.errors import ConfigError, DataError
 from uniopd_mm.evaluation.benchmark import Benchmark, Preset, Profile, Row, Scores, mean_score
 from uniopd_mm.evaluation.loading import load_rows
 from uniopd_mm.rollout import Prompt
+from uniopd_mm.settings import from_options
 
 MAX_BAD_SHARE = 0.01
 """Share of a benchmark's rows that may be unusable and are left out."""
 LISTED = 5
+
+
+@dataclass(frozen=True)
+class RowImage:
+    """A picture of a row that stays on disk, read when it is opened."""
+
+    rows: Sequence[Row]
+    index: int
+    read: Callable[[Row], Prompt]
+    number: int
+    """Which of the row's pictures."""
+
+    def __call__(self) -> Any:
+        return self.read(self.rows[self.index]).images[self.number]
 
 
 @dataclass(frozen=True)
@@ -57,18 +71,34 @@ def load_task(
 ) -> Task:
     """The benchmark's rows as prompts with golds; DataError when more than 1 % of them cannot be used."""
     rows = load_rows(benchmark, source, split, preset.limit)
+    read = partial(benchmark.read, preset=preset, profile=profile)
     used, prompts, bad = [], [], []
-    for number, row in enumerate(rows, start=1):
+    for index in range(len(rows)):
         try:
-            prompts.append(benchmark.read(row, preset, profile))
-            used.append(row)
+            row = rows[index]
+            prompt = read(row)
         except DataError as error:
-            bad.append(f"row {number}: {error}")
+            bad.append(f"row {index + 1}: {error}")
+            continue
+        if not isinstance(rows, list):
+            images = (RowImage(rows, index, read, number) for number in range(len(prompt.images)))
+            prompt, row = replace(prompt, images=tuple(images)), without_bytes(row)
+        prompts.append(prompt)
+        used.append(row)
     if len(bad) > MAX_BAD_SHARE * len(rows):
         more = [f"... and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
         lines = [f"{len(bad)} of {len(rows)} rows of {benchmark.title} cannot be used:", *bad[:LISTED], *more]
         raise DataError("\n  ".join(lines))
     return Task(benchmark, preset, used, number_repeats(prompts), tuple(bad))
+
+
+def without_bytes(value: Any) -> Any:
+    """A row, or a value in one, without the bytes of its pictures."""
+    if isinstance(value, Mapping):
+        return {key: without_bytes(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_bytes(inner) for inner in value]
+    return None if isinstance(value, bytes) else value
 
 
 def number_repeats(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -134,11 +164,7 @@ def changed_preset(preset: Preset, changes: Mapping[str, Any]) -> Preset:
     """A copy with every change that is not None."""
     asked = {key: value for key, value in changes.items() if value is not None}
     own = {key: asked.pop(key) for key in ("n", "limit") if key in asked}
-    try:
-        sampling = type(preset.sampling).model_validate({**preset.sampling.model_dump(), **asked})
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}={e['input']}: {e['msg']}" for e in error.errors()]
-        raise ConfigError(f"sampling cannot be like this: {'; '.join(problems)}") from error
+    sampling = from_options(type(preset.sampling), **(preset.sampling.model_dump() | asked))
     return replace(preset, sampling=sampling, **own)
 
 

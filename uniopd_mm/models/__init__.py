@@ -1,7 +1,7 @@
 """LLaVA-style wrappers: vision tower -> projector -> language model, the same three stages for every family."""
 
 from uniopd_mm.models.decoding import start_decoding
-from uniopd_mm.models.loading import build_student, load_model, load_processor, load_student
+from uniopd_mm.models.loading import build_student, context_length, load_model, load_processor, load_student
 from uniopd_mm.models.logprobs import token_logprobs
 from uniopd_mm.models.scoring import (
     group_logprobs,
@@ -16,6 +16,7 @@ from uniopd_mm.models.wrapper import MultimodalLM
 __all__ = [
     "MultimodalLM",
     "build_student",
+    "context_length",
     "group_logprobs",
     "load_model",
     "load_processor",

@@ -160,3 +160,13 @@ def _adapted_layers(model: PreTrainedModel, model_type: str, lora: LoraConfig) -
             f"student.lora: no linear layer matches stages={lora.stages}, targets={lora.targets}"
         )
     return names
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens that prompt and response may have together, of a text configuration: ``max_position_embeddings``, or more
+    where YaRN (arXiv 2309.00071) stretches them; None = the model does not say."""
+    stated = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if stated is None or rope.get("rope_type") != "yarn":
+        return stated
+    return max(stated, int(rope["factor"] * rope.get("original_max_position_embeddings", stated)))

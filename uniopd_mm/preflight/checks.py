@@ -6,16 +6,17 @@ T = student tokens, U = teacher tokens of a response; log-probabilities in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from uniopd_mm.config import RolloutConfig, TrainConfig
 from uniopd_mm.errors import AlignmentError
-from uniopd_mm.models import MultimodalLM, group_logprobs, start_decoding
+from uniopd_mm.models import MultimodalLM, context_length, group_logprobs, start_decoding
 from uniopd_mm.preflight.findings import Finding
 from uniopd_mm.rollout import Group, Prompt, fill
+from uniopd_mm.servers.serving import find_context
 from uniopd_mm.teachers import AlignedTeacher, RemoteTeacher, TeacherPool
 from uniopd_mm.teachers.pool import route
 
@@ -60,7 +61,7 @@ def check_head(student: MultimodalLM, groups: list[Group]) -> Finding:
 
 def check_context(student: MultimodalLM, groups: list[Group], max_new_tokens: int) -> Finding:
     """Prompt and response fit into the model's positions."""
-    limit = getattr(student.text_config, "max_position_embeddings", None)
+    limit = context_length(student.text_config)
     longest = max(len(g.encoded.input_ids) for g in groups)
     text = f"longest of {len(groups)} prompts {longest} tokens + {max_new_tokens} new of {limit} positions"
     if limit is None or longest + max_new_tokens <= limit:
@@ -219,12 +220,10 @@ def _fits(teacher: AlignedTeacher, lengths: list[int], limit: int, max_new_token
 
 def context_limit(teacher: AlignedTeacher) -> int | None:
     """Tokens that the teacher takes: of its configuration, or fewer where its servers say so; None = not known."""
-    limits = [getattr(teacher.processor.config.get_text_config(), "max_position_embeddings", None)]
+    limits = [context_length(teacher.processor.config.get_text_config())]
     if isinstance(teacher, RemoteTeacher):
-        for _, reply in teacher.server.pool.get("/v1/models"):
-            listed = reply.get("data") if isinstance(reply, Mapping) else None
-            limits += [m.get("max_model_len") for m in listed or () if isinstance(m, Mapping)]
-    return min((n for n in limits if isinstance(n, int)), default=None)
+        limits.append(find_context(teacher.server.pool))
+    return min((n for n in limits if n is not None), default=None)
 
 
 def _expansion(teacher: AlignedTeacher, groups: list[Group]) -> float:

@@ -31,6 +31,8 @@ def image_source(value: Any, root: str | Path = "") -> Path | str | bytes | Imag
 
     Relative paths start from ``root``.  Nothing is read; a ValueError says why ``value`` cannot be an image.
     """
+    if callable(value):  # a picture that stays where it is until it is opened
+        return image_source(value(), root)
     if isinstance(value, dict):  # the Image feature of `datasets`, undecoded: {"bytes": ..., "path": ...}
         inner = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), None)
         if inner is None:

@@ -243,8 +243,7 @@ def _image_root(image_root: str, folders: Sequence[Path]) -> Path:
 
 def _listed(source: Source, manifest: Manifest) -> Source:
     listed, n_rows = manifest.rows[source.name], manifest.n_rows[source.name]
-    rows = ListedRows(source.rows, listed, n_rows, is_complete=source.config.weight >= 1)
-    return dataclasses.replace(source, rows=rows)
+    return dataclasses.replace(source, rows=ListedRows(source, listed, n_rows))
 
 
 def _stem(path: str) -> str:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 MARK = "balanced_mixture"
 """Key of the header that tells a manifest from rows; its value is the version of the format."""
-VERSION = 1
+VERSION = 2
+_STRIPES = 16
+_STRIPE = 4096  # bytes
 LISTED = 10
 """Differences written out in an error."""
 _AGAIN = "Run scripts/balance_data.py again; answers to rows that are still the same are kept."
@@ -69,13 +71,13 @@ class Manifest:
 class ListedRows:
     """Rows of a source with their repeats; what no longer is as it was listed goes to ``problems``."""
 
-    def __init__(
-        self, rows: Rows, listed: Mapping[int, ManifestRow], n_rows: int, is_complete: bool = True
-    ) -> None:
-        """``is_complete``: every usable row must be listed; not so where the mixture took a random part of them."""
+    def __init__(self, source: Source, listed: Mapping[int, ManifestRow], n_rows: int) -> None:
+        rows = source.rows
         self.label, self.root = rows.label, rows.root
         self.problems: list[str] = []
-        self._rows, self._listed, self._is_complete = rows, listed, is_complete
+        self._source, self._rows, self._listed = source, rows, listed
+        # A mixture with a smaller weight took a random part of the rows: those left out are not listed.
+        self._is_complete = source.config.weight >= 1
         if len(rows) != n_rows:
             self.problems.append(f"{rows.label} had {n_rows} rows and now has {len(rows)}")
 
@@ -93,7 +95,9 @@ class ListedRows:
         for index, row in zip(range(start, stop), self._rows.scan(start, stop), strict=True):
             number = self.number(index)
             listed = self._listed.get(number)
-            if listed and (isinstance(row, RowError) or row_digest(row) != listed.digest):
+            if listed and (
+                isinstance(row, RowError) or row_digest(self._source, row, index) != listed.digest
+            ):
                 self.problems.append(f"{self.label}:{number} ({listed.id}) is not what it was")
             yield row
 
@@ -109,10 +113,33 @@ class ListedRows:
         return entries
 
 
-def row_digest(row: Row) -> str:
-    """16 hexadecimal digits of a row as ``Rows.scan`` gives it: of all its columns, but not of its pictures' pixels."""
+def row_digest(source: Source, row: Row, index: int) -> str:
+    """16 hexadecimal digits of a row as ``Rows.scan`` gives it: of all its columns, and of its pictures as far as they can
+    be told apart without reading all of them (files by size and samples, bytes in a table by their number)."""
     text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=repr)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    try:
+        images = source.parse(row, index).images
+    except RowError:  # said where the rows are checked
+        images = ()
+    for image in images:
+        if isinstance(image, Path):
+            digest.update(_file_samples(image))
+    return digest.hexdigest()[:16]
+
+
+def _file_samples(path: Path) -> bytes:
+    """Size and up to 64 KiB from all over a file; nothing for one that cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            parts = [str(size).encode()]
+            for k in range(_STRIPES):
+                file.seek(max(0, size - _STRIPE) * k // (_STRIPES - 1))
+                parts.append(file.read(_STRIPE))
+    except OSError:
+        return b""
+    return b"\0".join(parts)
 
 
 def row_digests(prompts: PromptSet) -> list[str]:
@@ -122,7 +149,7 @@ def row_digests(prompts: PromptSet) -> list[str]:
         taken = row_range(source.config.slice, len(source.rows))
         for index, row in zip(taken, source.rows.scan(taken.start, taken.stop), strict=True):
             if not isinstance(row, RowError):
-                digests[number, index] = row_digest(row)
+                digests[number, index] = row_digest(source, row, index)
     return [digests[entry] for entry in prompts.entries()]
 
 

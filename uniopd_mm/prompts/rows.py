@@ -50,7 +50,7 @@ class Rows(Protocol):
         ...
 
     def scan(self, start: int, stop: int) -> Iterator[Row | RowError]:
-        """Rows in order for checking; the bytes of an image column may be cut to the first one."""
+        """Rows in order for checking; in the place of an image's bytes may stand their number, as text."""
         ...
 
 
@@ -279,13 +279,15 @@ def _as_row(value: Any) -> Row | RowError:
 
 
 def _without_bytes(column: pa.ChunkedArray | pa.Array) -> list[Any]:
-    """Python values of a column with the bytes of images cut to one byte, so that checking does not read gigabytes."""
+    """Python values of a column with the number of bytes (as text; none for 0) in place of those of images, so that
+    checking does not read gigabytes."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kind, call = column.type, pc.call_function
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return [None if n is None else b"\0" * min(n, 1) for n in call("binary_length", [column]).to_pylist()]
+        sizes = call("binary_length", [column]).to_pylist()
+        return [None if n is None else str(n).encode() if n else b"" for n in sizes]
     if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
         contents = _without_bytes(_field(column, "bytes"))
         paths = _field(column, "path").to_pylist()

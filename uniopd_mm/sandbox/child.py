@@ -1,20 +1,23 @@
-"""The process that runs one program, test by test; started as ``python -I -S -B child.py`` with an empty environment.
+"""The processes that run programs, test by test; started as ``python -I -S -B child.py`` with an empty environment.
 
-Three processes: the *launcher* enters the namespaces and waits; the *supervisor* (process 1 of the namespace) speaks with
-our process over stdin / stdout, one JSON object per line, and keeps time; the *program* is forked from it, restricted, and
-has only a pipe to the supervisor.  None of them is ever told what result is expected, and a test's input arrives only
-after the result of the test before it was sent.
+Four processes: the *nursery* has common modules loaded and forks a launcher whenever our process sends it two pipes; the
+*launcher* enters the namespaces and waits; the *supervisor* (process 1 of the namespace) speaks with our process over the
+pipes, one JSON object per line, and keeps time; the *program* is forked from it, restricted, and has only a pipe to the
+supervisor.  None of them is ever told what result is expected, and a test's input arrives only after the result of the test
+before it was sent.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
 import select
 import signal
+import socket
 import sys
 import time
 import types
@@ -23,10 +26,17 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import isolation
+from calls import refuse_calls
 from values import decode, encode
 
 del sys.path[0]
 
+_COMMON = (
+    "array bisect builtins cmath collections copy dataclasses datetime decimal enum fractions functools "
+    "heapq io itertools json math operator queue random re statistics string threading time traceback "
+    "typing"
+)
+"""Loaded once for all programs, most of which would import some of them for each test."""
 _CLEAN_S = 5.0
 _CHUNK = 1 << 16
 
@@ -36,12 +46,8 @@ Fields = dict[str, Any]
 class Control:
     """The line to our process."""
 
-    def __init__(self) -> None:
-        self.read_fd, self.write_fd = os.dup(0), os.dup(1)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.close(null)
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self.read_fd, self.write_fd = read_fd, write_fd
         self.buffer = b""
 
     def receive(self) -> Fields | None:
@@ -77,8 +83,9 @@ class Process:
 class Supervisor:
     """Runs requests of our process one after the other; a program that is gone is started again for the next one."""
 
-    def __init__(self, control: Control, config: Fields, uid: int | None, rules: int | None) -> None:
-        self.control, self.config, self.uid, self.rules = control, config, uid, rules
+    def __init__(self, control: Control, config: Fields, uid: int | None) -> None:
+        self.control, self.config, self.uid = control, config, uid
+        self.rules = self.find_rules()
         self.process: Process | None = None
         self.last: Process | None = None
 
@@ -108,7 +115,10 @@ class Supervisor:
         return answer
 
     def stdin_test(self, request: Fields) -> Fields:
-        """The whole program in a process of its own, with a text to read."""
+        """The whole program in a process of its own, with a text to read and no files of the test before."""
+        if self.config["level"] >= 2 and os.listdir(self.config["temp"]):
+            isolation.renew_temp(self.config["temp"])
+            self.rules = self.find_rules()
         text = os.memfd_create("stdin")
         with open(text, "wb", closefd=False) as file:
             file.write(request["input"].encode("utf-8", "surrogateescape"))
@@ -129,6 +139,11 @@ class Supervisor:
         if len(output) > request["cap"]:
             return {"kind": "output"}
         return {"kind": "stdout", "data": output.decode("utf-8", "replace")}
+
+    def find_rules(self) -> int | None:
+        """What Landlock is to allow programs (file descriptor)."""
+        config = self.config
+        return isolation.landlock_rules(config["readable"], config["temp"]) if config["landlock"] else None
 
     def write_request(self, process: Process, request: Fields) -> None:
         """Hand the input to the program, which may be reading slowly or not at all."""
@@ -311,7 +326,9 @@ def become_program(
             config["memory_bytes"], config["cpu_s"], config["file_bytes"], config["level"] < 2
         )
         isolation.die_with_parent()
-        isolation.drop_privileges(supervisor.uid, config["level"] >= 2, supervisor.rules)
+        isolation.drop_privileges(supervisor.uid, supervisor.rules)
+        with contextlib.nullcontext() if config["level"] == 3 else contextlib.suppress(OSError):
+            refuse_calls()
     except BaseException:
         os._exit(1)
     requests, replies = _keep_only(requests, replies)
@@ -431,8 +448,30 @@ def _send(replies: int, kind: str, data: Any) -> None:
 
 
 # -- start --------------------------------------------------------------------------------------------------------------
-def main() -> None:
-    control = Control()
+def nursery() -> None:
+    """Fork a launcher for each pair of pipes that comes in over standard input, until our process closes it."""
+    line = socket.socket(fileno=os.dup(0))
+    os.dup2(1, 0)
+    for name in _COMMON.split():
+        importlib.import_module(name)
+    gc.freeze()  # collections in programs need not touch, and so copy, what is shared
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers are not waited for
+    while len(fds := socket.recv_fds(line, 1, 2, socket.MSG_CMSG_CLOEXEC)[1]) == 2:
+        pid = os.fork()
+        if pid == 0:
+            line.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            launch(Control(*fds))
+            os._exit(0)
+        pidfd = os.pidfd_open(pid)
+        socket.send_fds(line, [b"+"], [pidfd])
+        for fd in (pidfd, *fds):
+            os.close(fd)
+
+
+def launch(control: Control) -> None:
+    """The launcher, and in its child the supervisor."""
     config = control.receive()
     if config is None:
         return
@@ -446,15 +485,13 @@ def main() -> None:
         elif config["level"] == 1:
             isolation.adopt_orphans()
         isolation.forbid_tracing()
-        for name in config["preload"]:
-            importlib.import_module(name)
-        rules = isolation.landlock_rules(config["readable"], config["temp"]) if config["landlock"] else None
+        supervisor = Supervisor(control, config, uid)
     except (OSError, AttributeError) as error:  # AttributeError: a C library without the call
         control.send(failed=str(error))
         return
     control.send(ready=True)
     with contextlib.suppress(BrokenPipeError):
-        Supervisor(control, config, uid, rules).serve()
+        supervisor.serve()
 
 
 def launcher_waits() -> None:
@@ -467,4 +504,4 @@ def launcher_waits() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    nursery()

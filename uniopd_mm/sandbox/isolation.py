@@ -120,8 +120,7 @@ def _build_tree(readable: Sequence[str], hidden: Sequence[str], temp: str) -> No
             _mount("tmpfs", base + path, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=4k,mode=755")
             _set_attributes(base + path, _ATTR_RDONLY, recursive=False)
     os.makedirs(base + temp, exist_ok=True)
-    options = f"size={_TEMP_BYTES},nr_inodes={_TEMP_FILES},mode=1777"
-    _mount("tmpfs", base + temp, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+    _mount_temp(base + temp)
     with contextlib.suppress(OSError):  # shared memory and semaphores of multiprocessing
         os.symlink(temp, base + "/dev/shm")
     old = base + "/old"
@@ -132,6 +131,18 @@ def _build_tree(readable: Sequence[str], hidden: Sequence[str], temp: str) -> No
     os.rmdir("/old")
     _set_attributes("/", _ATTR_RDONLY, recursive=False)
     os.chdir(temp)
+
+
+def _mount_temp(path: str) -> None:
+    options = f"size={_TEMP_BYTES},nr_inodes={_TEMP_FILES},mode=1777"
+    _mount("tmpfs", path, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+
+
+def renew_temp(path: str) -> None:
+    """An empty directory in place of one that programs wrote in; its contents may be anything, so they are not looked at."""
+    os.chdir("/")
+    _check(_libc.umount2(path.encode(), _MNT_DETACH), f"umount {path}")
+    _mount_temp(path)
 
 
 def _bind(fd: int, target: str, read_only: bool) -> None:
@@ -248,13 +259,13 @@ def _tasks_of_user() -> int:
     return n
 
 
-def drop_privileges(uid: int | None, capabilities: bool, rules: int | None) -> None:
-    """Become ``uid`` (if given), lose all ``capabilities``, gain none back by executing files, obey the ``rules``."""
+def drop_privileges(uid: int | None, rules: int | None) -> None:
+    """Become ``uid`` (if given), lose all capabilities, gain none back by executing files, obey the ``rules``."""
     if uid is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    elif capabilities:
+    else:
         for capability in range(64):
             _prctl(_CAPBSET_DROP, capability)
         header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()

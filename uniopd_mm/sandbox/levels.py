@@ -19,6 +19,11 @@ _TITLES = (
     "processes, network, files and user of its own",
     "processes, network, files and user of its own, and Landlock",
 )
+_REMEDY = (
+    "Allow namespaces: in a container, start it with 'docker run --security-opt seccomp=unconfined "
+    "--security-opt apparmor=unconfined ...'; elsewhere, as root, 'sysctl -w user.max_user_namespaces=10000' and, where "
+    "there is such a setting, 'sysctl -w kernel.apparmor_restrict_unprivileged_userns=0'"
+)
 _PROBE = """
 import _bisect, _ctypes, _decimal, _hashlib, _heapq, _json, _random, _socket, math, os, socket, threading, zlib
 def tries(action):
@@ -55,7 +60,10 @@ class Isolation:
     def describe(self) -> str:
         """One line for the start of a run."""
         extra = " (with Landlock)" if self.landlock and self.level < 2 else ""
-        why = "".join(f"; no level {level}: {reason}" for level, reason in sorted(self.missing.items()))
+        reasons: dict[str, list[str]] = {}
+        for level, reason in sorted(self.missing.items()):
+            reasons.setdefault(reason, []).append(str(level))
+        why = "".join(f"; no level {' or '.join(levels)}: {reason}" for reason, levels in reasons.items())
         unsafe = "" if self.level >= SAFE_LEVEL else "; UNSAFE for programs you do not trust"
         return f"code sandbox: level {self.level} of 3, {_TITLES[self.level]}{extra}{unsafe}{why}"
 
@@ -119,9 +127,8 @@ class Sandbox:
         self.landlock = found.landlock and (self.level == 3 or self.level < 2)
         if self.level < SAFE_LEVEL and not allow_unsafe:
             raise SandboxError(
-                f"programs written by a model are not run here: {found.describe()}. Use a machine (or container) "
-                f"that allows user namespaces, or accept the risk: --allow-unsafe-code / "
-                f"verifier.sandbox.allow_unsafe=true"
+                f"programs written by a model are not run here: {found.describe()}. {_REMEDY}, or accept the risk: "
+                f"--allow-unsafe-code / verifier.sandbox.allow_unsafe=true"
             )
 
     def start(self, program: Program, total_s: float | None = None) -> Run:

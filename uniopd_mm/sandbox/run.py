@@ -5,30 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import selectors
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from uniopd_mm.sandbox.nursery import NURSERY, START_S
 from uniopd_mm.sandbox.values import decode, encode
 
 Kind = Literal["timeout", "memory", "exception", "exit", "signal", "output", "result", "unknown"]
 
-START_S = 20.0
-"""A sandbox that is not ready by then does not start."""
 _SLACK_S = 6.0
 """The supervisor keeps the time; it has this much longer to say so before it is ended from outside."""
 _CHUNK = 1 << 20
-_CHILD = str(Path(__file__).with_name("child.py"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +38,6 @@ class Program:
     """Function, or method of ``class Solution`` (style call)."""
     setup: str = ""
     """Code run before the program."""
-    preload: tuple[str, ...] = ()
-    """Modules of the standard library that the setup imports; loaded once instead of for every test."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +83,16 @@ class Run:
         self._failed: Failure | None = None
         self._used_s = 0.0
         self._buffer = bytearray()
-        self._temp = tempfile.mkdtemp(prefix=f"sandbox-{os.getpid()}-") if level < 2 else None
-        self._process = subprocess.Popen(
-            # The last argument says in the process table whose it is.
-            [_interpreter(), "-I", "-S", "-B", "-X", "utf8", _CHILD, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={},
-            cwd="/",
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        os.set_blocking(self._stdout.fileno(), False)
-        os.set_blocking(self._stdin.fileno(), False)
-        self._start(landlock)
+        self._temp: str | None = None
+        self._stdin, self._stdout, self._pidfd = -1, -1, -1
+        try:
+            if level < 2:
+                self._temp = tempfile.mkdtemp(prefix=f"sandbox-{os.getpid()}-")
+            self._connect()
+        except OSError as error:
+            self._failed = Failure("unknown", f"the sandbox did not start: {error}")
+        else:
+            self._start(landlock)
 
     def __enter__(self) -> Run:
         return self
@@ -137,18 +126,40 @@ class Run:
 
     def close(self) -> None:
         """End everything the program left and remove its files."""
-        process = self._process
-        for pipe in (self._stdin, self._stdout):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        try:
-            process.wait(_SLACK_S if self._failed is None else 0.1)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if self._pidfd >= 0:
+            os.close(self._stdin)
+            os.close(self._stdout)
+            if not self._ended(_SLACK_S if self._failed is None else 0.1):
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                self._ended(_SLACK_S)
+            os.close(self._pidfd)
+            self._pidfd = -1
         if self._temp is not None:
             _remove(self._temp)
+
+    def _connect(self) -> None:
+        """Two pipes to a new sandbox process."""
+        theirs_in, ours_out = os.pipe()
+        ours_in, theirs_out = os.pipe()
+        try:
+            self._pidfd = NURSERY.launch(theirs_in, theirs_out)
+        except OSError:
+            os.close(ours_in)
+            os.close(ours_out)
+            raise
+        finally:
+            os.close(theirs_in)
+            os.close(theirs_out)
+        self._stdin, self._stdout = ours_out, ours_in
+        os.set_blocking(ours_out, False)
+        os.set_blocking(ours_in, False)
+
+    def _ended(self, timeout_s: float) -> bool:
+        """Whether the sandbox process ends within a time."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
 
     def _start(self, landlock: bool) -> None:
         config = {
@@ -158,7 +169,6 @@ class Run:
             "source": self.program.source,
             "setup": self.program.setup,
             "entry_point": self.program.entry_point,
-            "preload": self.program.preload,
             "memory_bytes": self.limits.memory_mb << 20,
             "cpu_s": self.limits.total_s,
             "file_bytes": self.limits.file_bytes,
@@ -186,7 +196,7 @@ class Run:
             selector.register(self._stdin, selectors.EVENT_WRITE)
             while data and selector.select(max(0.0, deadline - time.monotonic())):
                 try:
-                    data = data[os.write(self._stdin.fileno(), data[:_CHUNK]) :]
+                    data = data[os.write(self._stdin, data[:_CHUNK]) :]
                 except BrokenPipeError:
                     return
 
@@ -198,7 +208,7 @@ class Run:
             while not self._buffer.endswith(b"\n"):
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     return None
-                data = os.read(self._stdout.fileno(), _CHUNK)
+                data = os.read(self._stdout, _CHUNK)
                 if not data:
                     return None
                 self._buffer += data
@@ -255,11 +265,6 @@ def hidden_paths() -> list[str]:
     """Installed packages among the readable paths: ours, and data that others ship."""
     stdlib = os.path.realpath(sysconfig.get_path("stdlib"))
     return [f"{stdlib}/site-packages", f"{stdlib}/dist-packages", "/usr/lib/python3/dist-packages"]
-
-
-def _interpreter() -> str:
-    """The Python that virtual environments are made from: it needs no site-packages."""
-    return getattr(sys, "_base_executable", None) or sys.executable
 
 
 def _remove(folder: str) -> None:

@@ -1,6 +1,7 @@
 """What is asked of servers before they are used: which model they serve; and the key that they want to see.
 
-``where`` is the dotted name of the settings, e.g. ``teachers.math.server``, for messages that say what to type.
+``where`` is what the settings are called, for messages that say what to type: the dotted name in a recipe, e.g.
+``teachers.math.server``, or the beginning of options, ``--server``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,14 @@ from uniopd_mm.config import ServerConfig
 from uniopd_mm.errors import ConfigError
 from uniopd_mm.servers.errors import ServerError
 from uniopd_mm.servers.pool import ServerPool
+
+
+def setting(where: str, name: str, value: object = None) -> str:
+    """A setting as it is typed: ``teachers.math.server.kind=vllm``, or ``--server-kind vllm``."""
+    text = "" if value is None else str(value)
+    if where.startswith("--"):
+        return f"{where}-{name.replace('_', '-')} {text}".rstrip()
+    return f"{where}.{name}" + (f"={text}" if text else "")
 
 
 def make_pool(where: str, server: ServerConfig, urls: list[str] | None = None) -> ServerPool:
@@ -32,8 +41,8 @@ def auth_headers(where: str, server: ServerConfig) -> dict[str, str]:
     key = os.environ.get(server.api_key_env)
     if not key:
         raise ConfigError(
-            f"{where}.api_key_env names the environment variable {server.api_key_env}, which is not set. "
-            f"Type export {server.api_key_env}=KEY, or leave api_key_env out."
+            f"{setting(where, 'api_key_env')} names the environment variable {server.api_key_env}, which is not set. "
+            f"Type export {server.api_key_env}=KEY, or leave that setting out."
         )
     return {"Authorization": f"Bearer {key}"}
 
@@ -48,6 +57,14 @@ def find_model(where: str, server: ServerConfig, pool: ServerPool, path: str | N
     return _choose_model(where, served, server.model)
 
 
+def find_context(pool: ServerPool) -> int | None:
+    """Tokens that a prompt and its answer may have together at every URL; None where no server says it."""
+    listed = [reply.get("data") for _, reply in pool.get("/v1/models") if isinstance(reply, dict)]
+    models = [model for some in listed if isinstance(some, list) for model in some if isinstance(model, dict)]
+    lengths = [model.get("max_model_len") for model in models]
+    return min((length for length in lengths if type(length) is int and length > 0), default=None)
+
+
 def _served_models(where: str, url: str, path: str, reply: dict[str, Any] | ServerError) -> list[str]:
     """Names under which a server knows its models; :class:`ConfigError` if it does not say."""
     if isinstance(reply, ServerError):
@@ -59,7 +76,7 @@ def _served_models(where: str, url: str, path: str, reply: dict[str, Any] | Serv
     if not known:
         raise ConfigError(
             f"{where}: {url}{path} does not say which model it serves (found {str(reply)[:200]}). "
-            f"Check {where}.kind and {where}.urls."
+            f"Check {setting(where, 'kind')} and the URL."
         )
     return known
 
@@ -70,7 +87,7 @@ def _choose_model(where: str, served: dict[str, list[str]], wanted: str | None) 
         for url, names in served.items():
             if wanted not in names:
                 raise ConfigError(
-                    f"{where}: {url} serves {', '.join(names)}, not '{wanted}'. Type {where}.model={names[0]}, or start "
+                    f"{where}: {url} serves {', '.join(names)}, not '{wanted}'. Type {setting(where, 'model', names[0])}, or start "
                     f"the server with --served-model-name {wanted}"
                 )
         return wanted
@@ -79,6 +96,6 @@ def _choose_model(where: str, served: dict[str, list[str]], wanted: str | None) 
         listed = "; ".join(f"{url}: {', '.join(names)}" for url, names in served.items())
         first = next(iter(served.values()))[0]
         raise ConfigError(
-            f"{where}: the URLs serve several models ({listed}). Type {where}.model={first}, for example"
+            f"{where}: the URLs serve several models ({listed}). Type {setting(where, 'model', first)}, for example"
         )
     return different.pop()

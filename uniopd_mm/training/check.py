@@ -54,7 +54,7 @@ CHECK_PROMPTS, CHECK_TOKENS = 16, 64
 """The same for ``--check``."""
 PROMPTS_READ = 256
 """Prompts from the beginning of the data among which those are chosen, and which are measured by ``--check``."""
-GOLD_ANSWERS_CHECKED = 1000
+GOLD_ANSWERS_CHECKED, GOLD_ANSWERS_AT_START = 1000, 100
 """Rows whose gold answers ``--check`` gives to their verifiers."""
 
 
@@ -124,6 +124,7 @@ def require_preflight(run: Run) -> None:
     if groups:
         for topic in ("models", "templates", "alignment", "sampling"):
             findings += look_at(run, groups, topic, at_start=True)
+    findings.append(check_gold_answers(run, GOLD_ANSWERS_AT_START))
     for finding in findings:
         if finding.ok is not True:
             run.console.check(finding.name, finding.text, finding.ok)
@@ -240,14 +241,16 @@ def look_at_data(run: Run) -> list[Finding]:
     return [*findings, check_gold_answers(run)]
 
 
-def check_gold_answers(run: Run) -> Finding:
+def check_gold_answers(run: Run, n: int = GOLD_ANSWERS_CHECKED) -> Finding:
     """Gold answers that their verifiers can use; the rest would give unknown outcomes for ever."""
-    some = run.train_prompts[:GOLD_ANSWERS_CHECKED]
-    whys = zip(some, run.verifiers.check_golds(some), strict=True)
+    some = run.train_prompts[:n]
+    answered = [prompt for prompt in some if prompt.answer is not None]
+    whys = zip(answered, run.verifiers.check_golds(answered), strict=True)
     unusable = [f"{prompt.source}: {why}" for prompt, why in whys if why]
-    text = f"{len(some) - len(unusable)} of the first {len(some)} can be verified"
+    text = f"{len(answered) - len(unusable)} of the first {len(some)} prompts' can be verified"
+    none = [f"{len(some) - len(answered)} have none"] if len(answered) < len(some) else []
     is_ok = len(unusable) <= run.config.data.max_bad_share * len(some)
-    return Finding("gold answers", "; ".join([text, *unusable[:5]]), is_ok, "data")
+    return Finding("gold answers", "; ".join([text, *none, *unusable[:5]]), is_ok, "data")
 
 
 def examples(run: Run, groups: list[Group]) -> list[TokenTable]:

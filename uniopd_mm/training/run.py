@@ -28,8 +28,8 @@ from uniopd_mm.engines import (
     require_comparable,
 )
 from uniopd_mm.errors import AlignmentError, ConfigError, ResumeError, UniOPDError
-from uniopd_mm.evaluation import evaluate, summarise, write_samples
-from uniopd_mm.models import MultimodalLM
+from uniopd_mm.evaluation import evaluate, summarise, write_scored
+from uniopd_mm.models import MultimodalLM, context_length
 from uniopd_mm.prompts import PromptOrder, PromptReader, PromptSet, load_prompts
 from uniopd_mm.report import Console, RunFolder, Trackers, plot_curves, summarize
 from uniopd_mm.rollout import Group, fill
@@ -199,7 +199,7 @@ class Run:
 
     def _max_prompt_tokens(self) -> int | None:
         """Positions of the student that a response of full length leaves for the prompt."""
-        limit = getattr(self.student.text_config, "max_position_embeddings", None)
+        limit = context_length(self.student.text_config)
         return None if limit is None else limit - self.config.rollout.max_new_tokens
 
     def _require_views(self) -> None:
@@ -305,7 +305,7 @@ class Run:
         prompts = [self.eval_prompts[i] for i in range(limit)]
         self.sync_weights()
         with self.console.phase("eval"), self.sampling_weights():
-            samples = evaluate(
+            scored = evaluate(
                 self.engine,
                 self.student.processor,
                 prompts,
@@ -316,9 +316,9 @@ class Run:
                 batch=settings.batch,
                 seed=self.config.seed,
             )
-        metrics = {"step": self.step, **summarise(samples), **self.console.take_times()}
+        metrics = {"step": self.step, **summarise(prompts, scored), **self.console.take_times()}
         if self.folder:
-            write_samples(self.out / "eval" / f"step_{self.step:06d}.jsonl", samples)
+            write_scored(self.out / "eval" / f"step_{self.step:06d}.jsonl", prompts, scored)
         self._record(metrics)
         self.console.evaluation(self.step, metrics)
 

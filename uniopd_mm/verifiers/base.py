@@ -18,6 +18,8 @@ MAX_ANSWER_CHARS = 2000
 
 NO_ANSWER = "no answer found"
 NO_GOLD = "no gold answer"
+AGREES = "agrees with the gold"
+DIFFERS = "differs from the gold"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -65,7 +67,7 @@ class Verifier:
         if answer is None:
             return Outcome(False, score=0.0, reason=NO_ANSWER)
         score = max(self.score(answer, gold, prompt) for gold in gold_answers(prompt))
-        return Outcome(score >= self.threshold, score=score, extracted=answer[:MAX_ANSWER_CHARS])
+        return outcome_of(score, answer, self.threshold)
 
     def verify_many(self, items: Sequence[tuple[Prompt, str]]) -> list[Outcome]:
         """Outcomes of many responses, in order; override where they can be judged side by side."""
@@ -81,6 +83,13 @@ class Verifier:
 
     def close(self) -> None:
         """Free what the verifier holds (worker processes, connections); it may be used again afterwards."""
+
+
+def outcome_of(score: float, answer: str, threshold: float = 1.0) -> Outcome:
+    """Outcome of an answer with a score in [0, 1]."""
+    right = score >= threshold
+    reason = (AGREES if right else DIFFERS) if score in (0.0, 1.0) else f"similarity {score:.2f}"
+    return Outcome(right, score=score, extracted=answer[:MAX_ANSWER_CHARS], reason=reason)
 
 
 def by_kind(
@@ -117,6 +126,7 @@ _BUILTIN = {
     "wemath": "uniopd_mm.verifiers.wemath:WeMathVerifier",
     "logicvista": "uniopd_mm.verifiers.logicvista:LogicVistaVerifier",
     "recipe": "uniopd_mm.verifiers.recipe:RecipeVerifier",
+    "lmms_eval": "uniopd_mm.verifiers.lmms_eval:LmmsEvalVerifier",
     "judge": "uniopd_mm.verifiers.judge:JudgeVerifier",
 }
 _REGISTERED: dict[str, type[Verifier]] = {}

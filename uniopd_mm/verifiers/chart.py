@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from uniopd_mm.rollout import Prompt
 from uniopd_mm.verifiers.base import MAX_ANSWER_CHARS, Verifier
 from uniopd_mm.verifiers.exact import normalize
-from uniopd_mm.verifiers.extract import fold, plain, short_answer
+from uniopd_mm.verifiers.extract import fold, linear_number, plain, short_answer
 
 TOLERANCE = 0.05
 _MAX_ITEMS = 64
+_ITEM_END = re.compile(r"[,;]\s+(?:and\s)?|,(?!\d{3})")
 
 _COUNTS = (
     "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|"
@@ -27,10 +28,11 @@ _SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s?[$€£¥₹]?\s?(?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?P<exp>e[-+]?\d{1,2})?"
     r"(?:\s?/\s?(?P<over>\d+(?:\.\d+)?))?"
-    r"\s?(?P<percent>%|percent\b|per cent\b|percentage points?\b)?\s?(?P<scale>thousand|million|billion|trillion)?s?"
+    r"\s?(?P<percent>%|percent\b|per cent\b|percentage points?\b)?\s?(?:(?P<scale>thousand|million|billion|trillion)s?)?"
     r"(?P<unit>[^\d,/%]{0,40})"
 )
 _YEAR = re.compile(r"(?:1[5-9]|20)\d\d")
+_YES_NO = re.compile(r"(yes|no)\b\s?[,.;:!-]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,33 @@ def _strict(answer: str, gold: str) -> bool:
         return _same_items(answer, gold)
     if normalize(answer) == normalize(gold):
         return True
+    if normalize(gold) in ("yes", "no"):  # "Yes, because …"
+        said = set(re.findall(r"\b(?:yes|no|not)\b", answer.casefold()))
+        return _YES_NO.match(answer) is not None and said == {normalize(gold)}
+    is_year = _YEAR.fullmatch(gold.strip(" .")) is not None
+    if is_year:
+        answer = re.sub(r"^(?:in\s)?(?:the\s)?(?:year\s)?", "", answer, flags=re.IGNORECASE)
     found, wanted = _number(answer), _number(gold)
     if found is None or wanted is None:
         return False
-    if _YEAR.fullmatch(gold.strip(" .")):
-        return found.value == wanted.value and not found.percent and found.scale == 1
+    if is_year:
+        return (
+            found.value == wanted.value
+            and not found.percent
+            and found.scale == 1
+            and not answer[4:5].isalpha()
+        )
     return any(_close(a, g) for a in found.readings(wanted) for g in wanted.readings(found))
 
 
 def _same_items(answer: str, gold: str) -> bool:
     """Lists hold the same items in any order."""
-    found, wanted = (
-        re.split(r"[,;]\s+|,(?!\d{3})", text.strip("[] "), maxsplit=_MAX_ITEMS) for text in (answer, gold)
-    )
+    found, wanted = (_ITEM_END.split(text.strip("[]() "), maxsplit=_MAX_ITEMS) for text in (answer, gold))
+    if len(found) < len(wanted):
+        found = [part for item in found for part in re.split(r"^and\s|\s(?:and|&)\s", item) if part]
     for item in wanted:
         match = next(
-            (i for i, other in enumerate(found) if _strict(other.strip("[] "), item.strip("[] "))), None
+            (i for i, other in enumerate(found) if _strict(other.strip("[]\"' "), item.strip("[]\"' "))), None
         )
         if match is None:
             return False
@@ -89,7 +102,7 @@ def _close(value: float, gold: float) -> bool:
 
 
 def _number(text: str) -> _Number | None:
-    text = text.strip().rstrip(".").casefold()
+    text = linear_number(text.strip().rstrip(".").casefold())
     match = _NUMBER.fullmatch(_WORDS.get(text, text))
     if match is None:
         return None

@@ -29,7 +29,24 @@ _LABELLED = re.compile(
 _SENTENCE = re.compile(
     rf"(?:{_LETTER}\s?(?:,|/|&|、|and\b|or\b|和|或)\s?){{0,25}}[(\[]?([A-Z])[)\]]?(?![\w'-])", re.ASCII
 )
-_LEAD = re.compile(r"(?:option|choice|letter|选项)\s?:?\s?", re.IGNORECASE)
+_LEAD = re.compile(r"(?:both\s)?(?:option|choice|letter|选项)s?\s?:?\s?|both\s(?=[(A-Z])", re.IGNORECASE)
+_HEDGE = re.compile(
+    r"\s?[,;]?\s?(?:\?|(?:or|and|/|maybe|perhaps|possibly|或|和)\b).{0,60}?(?<![A-Za-z])[A-Z](?![A-Za-z])",
+    re.ASCII | re.DOTALL,
+)
+"""Another letter right after the first one: "C or maybe B"."""
+_ARTICLE = re.compile(r"[AI]\s+(?!(?:because|since|as|is|and|or|but|due|for|given|if|when|not)\b)[a-z]")
+"""ASCII words after A or I, which then are words themselves."""
+_ALTERNATIVE = re.compile(r"\b(?:or|either)\b|或")
+_SO = r"(?:(?:so|thus|hence|therefore|then|and|consequently|i\s(?:think|believe|guess)(?:\sthat)?)[,\s]{1,3}){0,3}"
+_NAMED = r"(?:the\s)?(?:option|choice|answer|letter)?\s?[(\[]?(?P<letter>(?-i:[A-Z]))[)\]]?"
+_VERDICT = re.compile(
+    rf"{_SO}(?:(?:it(?:'s|\sis|\smust\sbe)|i(?:'d|'ll|\swould|\swill)?\s(?:choose|pick|select|go\swith|say))\s{_NAMED}"
+    rf"|{_NAMED.replace('letter>', 'second>')}\s(?:is|must\sbe|should\sbe|would\sbe)\s(?:the\s)?(?:answer|(?:(?:correct|right|best)\s?)(?:answer|option|choice|one)?))"
+    r"|(?:所以|因此|故|综上)?,?\s?(?:选项)?(?P<chosen>(?-i:[A-Z]))(?:选项)?是?正确(?:的|答案)?",
+    re.IGNORECASE,
+)
+"""A line that does nothing but choose: "So I pick (C)", "Option C is correct"."""
 _OPTION_LINE = re.compile(
     r"^[ \t]{0,8}(?:(?i:choices|options)[ \t]{0,4}:[ \t]{0,4})?[(\[]?([A-Z])[)\].:、][ \t]{0,8}(\S[^\n]{0,500})$",
     re.MULTILINE,
@@ -72,22 +89,48 @@ def _consecutive(pairs: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def parse_letters(answer: str, options: dict[str, str], in_sentence: bool = False) -> frozenset[str] | None:
-    """The letters an answer names; None = none.  ``in_sentence``: words may follow, as in "C because …"."""
-    answer = _LEAD.sub("", plain(answer[:_MAX_CHARS].rstrip(" .。")), count=1) if answer else ""
-    known = set(options) or set("ABCDEFGH")
-    label = _LABELLED.fullmatch(answer)
-    letter = (label[1] or label[2] or label[3]).upper() if label else ""
-    if label and letter in options and normalize(label[4]) == normalize(options[letter]):
+    """The letters an answer names; None = none, or alternatives.  ``in_sentence``: words may follow ("C because …")."""
+    answer = plain(answer[:_MAX_CHARS].rstrip(" .。")).strip("\"'") if answer else ""
+    if (letter := _option_text(answer, options)) is not None:
         return frozenset(letter)
+    answer = _LEAD.sub("", answer, count=1)
+    known = set(options) or set("ABCDEFGH")
     if (found := _whole(answer)) and found <= known:
-        return found
-    for option, text in options.items():
-        if normalize(text) == normalize(answer):
-            return frozenset(option)
+        return None if len(found) > 1 and _ALTERNATIVE.search(answer) else found
+    if (letter := _option_text(answer, options)) is not None:
+        return frozenset(letter)
     if in_sentence and (match := _SENTENCE.match(answer)):
         found = frozenset(re.findall(r"(?<![^\W\d_])[A-Z](?![^\W\d_])", match[0]))
+        if _HEDGE.match(answer, match.end()) or _ARTICLE.match(answer) or _ALTERNATIVE.search(match[0]):
+            return None
         return found if found <= known else None
+    label = _LABELLED.fullmatch(answer)
+    letter = (label[1] or label[2] or label[3]).upper() if label else ""
     return frozenset(letter) if letter in known else None
+
+
+def _option_text(answer: str, options: dict[str, str]) -> str | None:
+    """The option whose text an answer is, alone or with its letter: "heart", "A. heart", "A heart", "heart (A)"."""
+    if not options:
+        return None
+    labelled = re.fullmatch(r"[(\[]?([A-Za-z])[)\]]?\s?[.:)\]、-]?\s?[.:]?\s(.+)", answer, re.DOTALL)
+    labelled = labelled or _LABELLED.fullmatch(answer)
+    if labelled:
+        letter = next(group for group in labelled.groups()[:-1] if group).upper()
+        if letter in options and _same_text(labelled[labelled.re.groups], options[letter]):
+            return letter
+    if (trailed := re.fullmatch(r"(.+?)\s?\((?:option\s)?([A-Z])\)", answer, re.DOTALL)) and trailed[
+        2
+    ] in options:
+        return trailed[2] if _same_text(trailed[1], options[trailed[2]]) else None
+    article = re.sub(r"^(?:a|an)\s", "", answer)
+    return next(
+        (o for o, text in options.items() if _same_text(answer, text) or _same_text(article, text)), None
+    )
+
+
+def _same_text(answer: str, option: str) -> bool:
+    return normalize(answer) == normalize(option)
 
 
 def _whole(answer: str) -> frozenset[str] | None:
@@ -112,18 +155,21 @@ def extract(text: str, options: dict[str, str]) -> frozenset[str] | None:
         found = parse_letters(line, options)
         label = _LABELLED.fullmatch(plain(line))
         # "A. The heart is wrong because" enumerates; "A. heart" answers.
-        if found and (not label or not label[4] or _names_option(label[4], found, options, text)):
+        if found and (
+            len(found) > 1 or not label or not label[4] or _names_option(label[4], found, options, text)
+        ):
             return found
-    return None
+    verdict = _VERDICT.fullmatch(plain(lone_line(text) or "").rstrip(".!。"))
+    letter = (verdict["letter"] or verdict["second"] or verdict["chosen"]) if verdict else ""
+    return frozenset(letter) if letter in (set(options) or set("ABCDEFGH")) else None
 
 
 def _lone_lines(text: str) -> Iterator[str]:
     last = lone_line(text)
-    if last is not None:
-        yield last
     first = text.lstrip()[: _MAX_CHARS + 1].split("\n", 1)[0]
-    if first != last and len(first) <= _MAX_CHARS:
-        yield first
+    for line in dict.fromkeys((last, first)):
+        if line and len(line) <= _MAX_CHARS:
+            yield re.sub(r"^(?:[>*-]|\d{1,2}[.)])\s+", "", line)
 
 
 def _names_option(rest: str, letters: frozenset[str], options: dict[str, str], text: str) -> bool:
@@ -132,7 +178,8 @@ def _names_option(rest: str, letters: frozenset[str], options: dict[str, str], t
             len({match[1] for match in _OPTION_LINE.finditer(text[-_TAIL_CHARS:])}) > 1
         ):  # all of them are listed
             return False
-        return any(normalize(rest) == normalize(options[letter]) for letter in letters if letter in options)
+        rest = re.split(r",?\s(?:because|since|as)\s", rest, maxsplit=1)[0]
+        return any(_same_text(rest, options[letter]) for letter in letters if letter in options)
     return "\n" not in text.strip()
 
 
@@ -144,7 +191,7 @@ def gold_letters(gold: str, options: dict[str, str]) -> frozenset[str] | None:
 def score(answer: str, gold: str, profile: str = "strict") -> float:
     """1 if the answer (letters for ``strict``, the whole response otherwise) is right by the profile, else 0."""
     if profile == "upstream_ai2d":
-        return float(_ai2d(answer) == _ai2d(gold))
+        return ai2d(ai2d_filter(answer), gold)
     if profile == "upstream_visulogic":
         return float(_visulogic(answer) == gold.strip().upper()[:1])
     if profile == "upstream_visulogic_vlmevalkit":
@@ -155,12 +202,19 @@ def score(answer: str, gold: str, profile: str = "strict") -> float:
     return float(found == wanted)
 
 
-def _ai2d(text: str) -> str:
-    """lmms-eval's AI2D: a leading "X." stands for the response; case and ASCII punctuation are dropped, spaces are not."""
+def ai2d_filter(text: str) -> str:
+    """What lmms-eval's AI2D takes for the answer: the letter of a leading "X.", else the whole response."""
     match = re.match(r"\s*([A-Z])\.", text)
-    return (match[1] if match else text).lower().translate(str.maketrans("", "", string.punctuation))
+    return match[1] if match else text
 
 
+def ai2d(answer: str, gold: str) -> float:
+    """1 if lmms-eval's AI2D takes both for the same: case and ASCII punctuation are dropped, spaces are not."""
+    found, wanted = (text.lower().translate(_NO_PUNCTUATION) for text in (answer, gold))
+    return float(found == wanted)
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _VISULOGIC = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (

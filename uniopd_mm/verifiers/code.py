@@ -28,7 +28,7 @@ from uniopd_mm.verifiers.base import (
 from uniopd_mm.verifiers.code_asserts import Check, parse_checks
 from uniopd_mm.verifiers.code_compare import passes, show
 from uniopd_mm.verifiers.code_extract import extract_code
-from uniopd_mm.verifiers.code_tests import IMPORTS, MODULES, CodeTest, CodeTests
+from uniopd_mm.verifiers.code_tests import IMPORTS, CodeTest, CodeTests
 
 if TYPE_CHECKING:
     from uniopd_mm.config import VerifierConfig
@@ -57,13 +57,14 @@ class CodeVerifier(Verifier):
         return extract_code(text, self.profile)
 
     def verify(self, prompt: Prompt, text: str) -> Outcome:
-        problem = self.check_gold(prompt)
-        if problem is not None:
-            return Outcome(None, reason=problem)
+        try:
+            tests = _tests_of(prompt)
+        except DataError as error:
+            return Outcome(None, reason=str(error))
         code = self.extract(prompt, text)
         if code is None:
             return Outcome(False, score=0.0, reason=NO_ANSWER)
-        correct, reason = self.judge(_read_tests(gold_answers(prompt)[0]), code)
+        correct, reason = self.judge(tests, code)
         score = None if correct is None else float(correct)
         return Outcome(correct, score=score, extracted=code[:MAX_ANSWER_CHARS], reason=reason)
 
@@ -78,8 +79,7 @@ class CodeVerifier(Verifier):
 
     def judge(self, tests: CodeTests, code: str) -> tuple[bool | None, str]:
         """(correct, reason) of a program; None = unknown."""
-        preload = MODULES if tests.setup.startswith(IMPORTS) else ()
-        program = Program(code, tests.style, tests.entry_point, tests.setup, preload)
+        program = Program(code, tests.style, tests.entry_point, tests.setup)
         with self._slots, self.sandbox.start(program, tests.total_limit_s) as run:
             verdicts = _asserts(tests, run) if tests.style == "assert" else _values(tests, run)
             unproven = False
@@ -147,22 +147,37 @@ def _room(tests: CodeTests, test: CodeTest, limits: Limits) -> int:
     return max(least, 1 << (8 * n_expected).bit_length())
 
 
-@lru_cache(maxsize=256)
+_reading = threading.Lock()
+
+
 def _read_tests(text: str) -> CodeTests:
+    """The tests of a problem, held for the samples that follow; many tests take hundreds of megabytes, so no more are."""
+    with _reading:  # threads that need the same tests at the same time wait for one to read them
+        return _read_once(text)
+
+
+@lru_cache(maxsize=4)
+def _read_once(text: str) -> CodeTests:
     return CodeTests.from_json(text)
 
 
-def _gold_problem(prompt: Prompt) -> str | None:
+def _tests_of(prompt: Prompt) -> CodeTests:
+    """The tests of a prompt; DataError says why they cannot be used."""
     golds = gold_answers(prompt)
     if not golds:
-        return NO_GOLD
+        raise DataError(NO_GOLD)
     if len(golds) > 1:
-        return f"{len(golds)} answers; a programming problem has one, its tests as JSON"
+        raise DataError(f"{len(golds)} answers; a programming problem has one, its tests as JSON")
+    tests = _read_tests(golds[0])
+    if tests.style == "assert":
+        for test in tests.tests:
+            parse_checks(test.input, tests.entry_point, tests.setup)
+    return tests
+
+
+def _gold_problem(prompt: Prompt) -> str | None:
     try:
-        tests = _read_tests(golds[0])
-        if tests.style == "assert":
-            for test in tests.tests:
-                parse_checks(test.input, tests.entry_point, tests.setup)
+        _tests_of(prompt)
     except DataError as error:
         return str(error)
     return None

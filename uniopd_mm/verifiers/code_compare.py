@@ -1,7 +1,7 @@
 """Whether a program's result is the expected one, decided in our process on plain data.
 
 exact: same types, same values; texts without trailing blanks.  evalplus and livecodebench: as those benchmarks decide,
-special cases included.  prime: as livecodebench, with tolerance for decimals and a result wrapped in a list.
+special cases included.  prime: equal lines, or one decimal per line within a tolerance; a result may be wrapped in a list.
 """
 
 from __future__ import annotations
@@ -74,18 +74,14 @@ def _livecodebench_text(found: str, expected: str) -> bool:
     )
 
 
-def _close_numbers(found: str, expected: str) -> bool:
-    ours, theirs = found.split(), expected.split()
-    return len(ours) == len(theirs) and all(
-        _close(float(a), float(b), 1e-5, 1e-8) for a, b in zip(ours, theirs, strict=True)
-    )
-
-
 def _prime_text(found: str, expected: str) -> bool:
+    """Lines without the empty ones; if not all are whole numbers, one number per line may differ a little."""
     ours, theirs = ([line for line in _stripped_lines(text) if line] for text in (found, expected))
-    return len(ours) == len(theirs) and all(
-        a == b or _same_decimals(a, b) or _close_numbers(a, b) for a, b in zip(ours, theirs, strict=True)
-    )
+    if ours == theirs:
+        return True
+    if len(ours) != len(theirs) or all(line.isdigit() for line in (*ours, *theirs)):
+        return False
+    return all(_close(float(a), float(b), 1e-5, 1e-8) for a, b in zip(ours, theirs, strict=True))
 
 
 # -- values -------------------------------------------------------------------------------------------------------------
@@ -124,6 +120,10 @@ def _evalplus(tests: CodeTests, test: CodeTest, found: Any) -> bool:
         equal = True
     elif name == "sum_div":
         equal = equal or found == 0
+    elif name == "surface_Area":
+        equal = equal or abs(found - _pyramid_surface(*test.input)) <= atol
+    elif name == "digit_distance_nums":
+        equal = equal or found == _digit_distance(*test.input)
     elif name in SET_TASKS:
         equal = set(found) == set(expected)
     elif name in NOT_NONE_TASKS:
@@ -137,11 +137,24 @@ def _evalplus(tests: CodeTests, test: CodeTest, found: Any) -> bool:
 
 def _residual(coefficients: list[float], x: Any) -> float:
     """|polynomial| at x; HumanEval/32 has several right answers."""
-    return abs(math.fsum(c * math.pow(x, i) for i, c in enumerate(coefficients)))
+    return abs(sum(c * math.pow(x, i) for i, c in enumerate(coefficients)))
+
+
+def _pyramid_surface(base_edge: float, height: float) -> int:
+    """MBPP/581, where the height given is that of the pyramid and not of its sides."""
+    side = math.sqrt((base_edge / 2) ** 2 + height**2)
+    return round(base_edge**2 + 2 * base_edge * side)
+
+
+def _digit_distance(first: int, second: int) -> int:
+    """MBPP/558, where the shorter number is filled with zeros."""
+    digits = [str(number) for number in (first, second)]
+    width = max(map(len, digits))
+    return sum(abs(int(a) - int(b)) for a, b in zip(*(text.zfill(width) for text in digits), strict=True))
 
 
 def _is_floats(value: Any) -> bool:
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and value:
         return all(isinstance(item, float) for item in value)
     return isinstance(value, float)
 

@@ -8,7 +8,7 @@
 stdin: ``input`` and ``output`` are texts.  call: ``input`` is the list of arguments, ``output`` the expected value.
 assert: ``{"code": "assert f(1) == 2"}``.  What JSON has no word for is tagged (``uniopd_mm.sandbox.values``):
 ``{"tuple": [1, 2]}``, ``{"set": [...]}``, ``{"dict": [[key, value], ...]}``, ``{"float": "nan"}``, ``{"bytes": "00ff"}``.
-A plain JSON object is also read as a dict.
+A plain JSON object is also read as a dict.  LiveCodeBench's tests may stay packed: ``uniopd_mm.verifiers.packed_tests``.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class CodeTests:
 
     @classmethod
     def from_json(cls, text: str) -> CodeTests:
-        """The tests written in ``text``, in this form or that of :meth:`from_input_output`; DataError says which field is
-        wrong."""
+        """The tests written in ``text``, in this form, packed, or in that of :meth:`from_input_output`; DataError says which
+        field is wrong."""
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError, TypeError) as error:
@@ -106,6 +106,8 @@ class CodeTests:
                 f"code tests are not JSON ({error}); expected {{'style': ..., 'tests': [...]}}"
             ) from None
         _expect(isinstance(fields, dict), "answer", fields, "a JSON object")
+        if "packed" in fields:
+            return cls._from_packed(fields)
         if "inputs" in fields:
             return cls.from_input_output(fields)
         unknown = sorted(set(fields) - set(_FIELDS))
@@ -147,6 +149,18 @@ class CodeTests:
             return cls("stdin", tuple(tests), **settings)
         tests = [CodeTest(_arguments(given), _json_value(wanted)) for given, wanted in pairs]
         return cls("call", tuple(tests), entry_point=name, **settings)
+
+    @classmethod
+    def _from_packed(cls, fields: Mapping[str, Any]) -> CodeTests:
+        """Tests of LiveCodeBench; time for all of them as its own judge gives."""
+        from uniopd_mm.verifiers.packed_tests import unpack_tests
+
+        tests, limit_s = unpack_tests(fields["packed"]), fields.get("time_limit_s")
+        _expect(limit_s is None or _is_number(limit_s), "time_limit_s", limit_s, "seconds > 0 or null")
+        total_s = None if limit_s is None else (limit_s + 1) * len(tests["inputs"]) + 5
+        return cls.from_input_output(
+            {**tests, "fn_name": fields.get("fn_name")}, time_limit_s=limit_s, total_limit_s=total_s
+        )
 
 
 def _write_call(test: CodeTest) -> dict[str, Any]:

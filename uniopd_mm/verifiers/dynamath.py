@@ -2,8 +2,8 @@ r"""DynaMath answers: a number to three decimals, a letter, or words; the gold t
 
 ``strict`` reads the answer wherever a response states it, in JSON ("short answer") too; numbers may differ by 0.001,
 letters and words not at all.  ``upstream`` is VLMEvalKit's rule without its language model: it wants the JSON, rejects
-"1,200" and "1/2", and takes any part of a worded gold, even an empty one, for the gold.  ``upstream_lmms_eval`` is the
-recipe that lmms-eval uses, without any tolerance.
+"1,200" and "1/2", and takes any part of a worded gold, even an empty one, for the gold.  lmms-eval's task is the recipe
+(``lmms_eval:reasoning``).
 """
 
 from __future__ import annotations
@@ -11,19 +11,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from fractions import Fraction
+from typing import Literal
 
-from uniopd_mm.rollout import Outcome, Prompt
+from uniopd_mm.rollout import Prompt
 from uniopd_mm.verifiers import choice, exact, numeric
 from uniopd_mm.verifiers.base import MAX_ANSWER_CHARS, Verifier, gold_answers
 from uniopd_mm.verifiers.extract import fold, plain, sentence, short_answer, visible
 from uniopd_mm.verifiers.latex_number import exact as latex_value
 from uniopd_mm.verifiers.math import tidy
-from uniopd_mm.verifiers.recipe import RecipeVerifier
-
-if TYPE_CHECKING:
-    from uniopd_mm.config import VerifierConfig
 
 AnswerType = Literal["float", "multiple choice", "text"]
 TOLERANCE = 0.001
@@ -92,7 +88,7 @@ def _stated_in_json(text: str) -> str | None:
     return None
 
 
-def value_of(answer: str) -> float | None:
+def value_of(answer: str) -> float | Fraction | None:
     """The number an answer is: a quantity, an expression, or a multiple of pi."""
     quantity = numeric.parse(answer)
     if quantity is not None:
@@ -106,11 +102,7 @@ def value_of(answer: str) -> float | None:
 class DynaMathVerifier(Verifier):
     """A number to three decimals, a letter, or words."""
 
-    profiles = ("strict", "upstream", "upstream_lmms_eval")
-
-    def __init__(self, config: VerifierConfig, profile: str | None = None) -> None:
-        super().__init__(config, profile)
-        self.recipe = RecipeVerifier(config, "lmms_eval")
+    profiles = ("strict", "upstream")
 
     def extract(self, prompt: Prompt, text: str) -> str | None:
         if self.profile != "strict":
@@ -131,20 +123,8 @@ class DynaMathVerifier(Verifier):
         kind = answer_type(gold)
         if kind == "float":
             value = value_of(fold(answer))
-            return float(value is not None and abs(value - float(gold)) <= TOLERANCE + _SLACK)
+            # Exactly: an answer such as 10^{400} is no float.
+            return float(value is not None and abs(Fraction(value) - Fraction(gold)) <= TOLERANCE + _SLACK)
         if kind == "multiple choice":
             return choice.score(answer, gold)
         return float(exact.normalize(answer) == exact.normalize(gold))
-
-    def verify_many(self, items: Sequence[tuple[Prompt, str]]) -> list[Outcome]:
-        if self.profile == "upstream_lmms_eval":
-            return self.recipe.verify_many(items)
-        return super().verify_many(items)
-
-    def verify(self, prompt: Prompt, text: str) -> Outcome:
-        if self.profile == "upstream_lmms_eval":
-            return self.recipe.verify(prompt, text)
-        return super().verify(prompt, text)
-
-    def close(self) -> None:
-        self.recipe.close()

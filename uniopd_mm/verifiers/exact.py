@@ -12,9 +12,10 @@ _EDGE = " \t\n,;:\"'`()[]{}。「」"
 
 
 def normalize(answer: str) -> str:
-    """Case, spacing, width of characters, LaTeX text markup and punctuation around the answer do not matter."""
+    """Case, spacing, width of characters, a leading "the", LaTeX text markup and punctuation around do not matter."""
     answer = plain(unicodedata.normalize("NFC", fold(answer[:MAX_ANSWER_CHARS]))).casefold()
-    return _trim(answer) or answer
+    answer = _trim(answer) or answer
+    return answer.removeprefix("the ").lstrip() or answer
 
 
 def _trim(answer: str) -> str:

@@ -23,6 +23,8 @@ _LOOKALIKES = {
     "\u2212": "-",
     "\u2010": "-",
     "\u2011": "-",
+    "\u2012": "-",
+    "\u2013": "-",
     "\u2018": "'",
     "\u2019": "'",
     "\u201c": '"',
@@ -34,15 +36,33 @@ _REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>|�
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _BRACES = re.compile(r"\\boxed\s{0,8}\{|\\.|[{}]", re.DOTALL)
 _MARK = re.compile(
-    r"(?:\b(?:answers?|(?:correct|right|best|final)\s{1,4}(?:option|choice|letter))\b[*_]{0,3}\s{0,4}"
+    r"(?:(?:\b|(?<=_))(?:ans(?:wers?)?|(?:correct|right|best|final)\s{1,4}(?:option|choice|letter)s?)\b(?P<quote>[\"'])?"
+    r"[*_]{0,3}(?:\s{1,4}to\s{1,4}(?:the|this|your)\s{1,4}(?:question|problem))?\s{0,4}"
     r"(?:(?:should|must|would|will)\s{1,4}be\b|is\b|are\b|was\b|=|:)"
-    r"|(?:答案|正确选项|正确答案)\s{0,4}(?:应该是|应为|应是|是|为|:)"
-    r"|(?:故选|应选|选择|选)\s{0,2}:?\s{0,2}(?=[(A-Z])|####)"
+    r"|(?:答案】|(?:答案|正确选项|正确答案)\s{0,4}(?:应该是|应为|应是|是|为|:))"
+    r"|(?<![不没未别])(?:故选|应选|应该选|选择|选)\s{0,2}:?\s{0,2}(?=[(A-Z])|####)"
     r"\s{0,4}[*_]{0,3}\s{0,4}:?\s{0,4}[*_]{0,3}",
     re.IGNORECASE,
 )
+_JSON_VALUE = re.compile(
+    r"\"((?:[^\"\\]|\\.){0,4000})\"|'((?:[^'\\\n]|\\.){0,4000})'|(\[[^\]\n]{0,400}\]|[^,}\n]{1,400})",
+    re.DOTALL,
+)
 _WRAPPER = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mathtt|operatorname|rm|bf|mbox|fbox)\s{0,4}\{([^{}]*)\}"
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mathtt|mathcal|operatorname|rm|bf|mbox|fbox)\s{0,4}\{([^{}]*)\}"
+)
+_BETWEEN_BOXES = re.compile(
+    r"[\s$]{0,9}(?:(?:\\text\s?\{)?\s{0,4}\b(and|or)\b\s{0,4}\}?|[,;]|\s)(?:\s?\b(and|or)\b)?[\s$]{0,9}",
+    re.IGNORECASE,
+)
+_NOISE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]|<\|\w{1,40}\|>|</s>")
+"""Control characters and the ends of turns that a server left in the text."""
+_ABOUT = re.compile(
+    r"(?:approximately|approx\.?|about|around|roughly|circa|≈|≅|~|\\approx|\\sim)\s{0,4}(?=[-+$€£¥₹.\d½⅓⅔¼¾\\])",
+    re.I,
+)
+_FRACTION = re.compile(
+    r"(\d?)\s?(?:\\[dtc]?frac\s?(?:\{(\d{1,15})\}\s?\{(\d{1,15})\}|(\d)\s?(\d))|([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]))"
 )
 _SENTENCE_END = re.compile(r"(?:(?<=\w{3})|(?<=[\d)}$*\]%]))[.!?](?=\s+[A-Z])|。")
 _SPACING = re.compile(r"\\[,;:! ]|\\q?quad\b|~|\s+")
@@ -69,7 +89,7 @@ def _fold_char(char: str) -> str:
 
 def visible(text: str) -> str:
     """The folded text outside reasoning blocks."""
-    return outside_reasoning(fold(text))[-MAX_CHARS:]
+    return _NOISE.sub("", outside_reasoning(fold(text))[-MAX_CHARS:])
 
 
 def outside_reasoning(text: str) -> str:
@@ -89,21 +109,43 @@ def outside_reasoning(text: str) -> str:
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last balanced, non-empty ``\boxed{…}`` (the innermost of nested ones)."""
+    boxes = _boxes(text)
+    return text[boxes[-1][1] : boxes[-1][2]].strip() if boxes else None
+
+
+def stated_box(text: str) -> str | None:
+    r"""``last_boxed``; boxes joined by commas, "and" or "or" are one answer, so that a hedge is not its last guess."""
+    boxes = _boxes(text)
+    if not boxes:
+        return None
+    answer = text[boxes[-1][1] : boxes[-1][2]].strip()
+    for i in range(len(boxes) - 1, max(0, len(boxes) - _MAX_MARKS), -1):
+        gap = text[boxes[i - 1][2] + 1 : boxes[i][0]]
+        joint = _BETWEEN_BOXES.fullmatch(gap) if len(gap) < _MAX_MARKS + 20 and gap.strip("$ \t\n") else None
+        if joint is None:
+            break
+        word = joint[1] or joint[2]
+        answer = f"{text[boxes[i - 1][1] : boxes[i - 1][2]].strip()}{f' {word} ' if word else ', '}{answer}"
+    return answer
+
+
+def _boxes(text: str) -> list[tuple[int, int, int]]:
+    """Start, content start and content end of each balanced, non-empty box, in order; of nested ones the innermost."""
     first = text.find("\\boxed")
     if first < 0:
-        return None
-    opened: list[int | None] = []  # content start of each open brace; None = not a box
-    begin, end = -1, -1
+        return []
+    opened: list[tuple[int, int] | None] = []  # start and content start of each open brace; None = not a box
+    boxes: list[tuple[int, int, int]] = []
     for token in _BRACES.finditer(text, first):
         if token[0] == "{":
             opened.append(None)
         elif token[0] == "}":
-            start = opened.pop() if opened else None
-            if start is not None and start > begin and text[start : token.start()].strip():
-                begin, end = start, token.start()
+            box = opened.pop() if opened else None
+            if box and (not boxes or box[1] > boxes[-1][1]) and text[box[1] : token.start()].strip():
+                boxes.append((*box, token.start()))
         elif token[0][-1] == "{" and len(token[0]) > 2:
-            opened.append(token.end())
-    return text[begin:end].strip() if begin >= 0 else None
+            opened.append((token.start(), token.end()))
+    return boxes
 
 
 def last_tag(text: str) -> str | None:
@@ -122,8 +164,12 @@ def marked(text: str) -> list[str]:
     """What follows each "Answer:" / "答案：" on its line, and each "answer is" in its sentence; the last one first."""
     answers = []
     for mark in reversed(deque(_MARK.finditer(text), maxlen=_MAX_MARKS)):
-        line = text[mark.end() : mark.end() + _CANDIDATE_CHARS].strip().split("\n", 1)[0].strip()
-        answers.append(line if ":" in mark[0] else sentence(line))
+        rest = text[mark.end() : mark.end() + _CANDIDATE_CHARS].strip()
+        line = rest.split("\n", 1)[0].strip()
+        if mark["quote"] and ":" in mark[0] and (value := _JSON_VALUE.match(rest)):
+            answers.append((value[1] or value[2] or value[3] or "").replace("\\\\", "\\"))
+        else:
+            answers.append(line if ":" in mark[0] else sentence(line))
     return [answer for answer in answers if answer]
 
 
@@ -133,7 +179,7 @@ def candidates(text: str) -> Iterator[str]:
     for part in (tag, text):
         if part is None:
             continue
-        boxed = last_boxed(part)
+        boxed = stated_box(part)
         if boxed is not None:
             yield boxed
         yield from marked(part)
@@ -164,6 +210,21 @@ def plain(answer: str) -> str:
         if len(answer) > len(left + right) and answer.startswith(left) and answer.endswith(right):
             answer = answer[len(left) : -len(right)]
     return re.sub(r"\\([%$&#_{}])", r"\1", answer).strip()
+
+
+def linear_number(answer: str) -> str:
+    r"""A number in one line of ASCII: "about 14" -> "14", "2½" -> "2 1/2", "\frac12" -> "1/2"; other text as it is."""
+
+    def spell(match: re.Match[str]) -> str:
+        if match[6]:
+            over = unicodedata.normalize("NFKC", match[6]).replace("\u2044", "/")
+        else:
+            over = f"{match[2] or match[4]}/{match[3] or match[5]}"
+        return f"{match[1]} {over}" if match[1] else over
+
+    return _FRACTION.sub(
+        spell, _ABOUT.sub("", answer.strip(), count=1) if _ABOUT.match(answer.strip()) else answer.strip()
+    )
 
 
 def short_answer(text: str) -> str | None:

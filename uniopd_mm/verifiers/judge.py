@@ -3,7 +3,8 @@ r"""A language model that judges answers for which no rule can be written, behin
 Rules go first: an answer that equals the gold costs no request.  What the model wrote is data for the judge and may
 try to instruct it, so the answer is cut, stands between markers that hold a random number it cannot know, and the
 verdict counts only on a line with that number: ``VERDICT-<number>: CORRECT``.  Everything else (two different verdicts,
-no verdict, a server that is down) is unknown, never incorrect.
+no verdict, a server that is down) is unknown, never incorrect.  As many failures in a row as requests may be under way
+give up the batch.
 """
 
 from __future__ import annotations
@@ -98,12 +99,18 @@ class JudgeVerifier(Verifier):
                     asked[key] = code, self._servers().submit(_PATH, self._request(key, code))
         except ServerError as error:  # the name of its model could not be asked for
             return dict.fromkeys(keys, f"judge unavailable: {error}") | verdicts
+        n_failed, why = 0, ""
         for key, (code, future) in asked.items():
             try:
                 verdict = read_verdict(_content(future.result()), code)
             except ServerError as error:
-                verdicts[key] = f"judge unavailable: {error}"
+                n_failed += 1
+                why = why if n_failed > self.judge.concurrency else f"judge unavailable: {error}"
+                verdicts[key] = why
+                if n_failed == self.judge.concurrency:  # it is down: the requests that wait are given up
+                    self.close()
                 continue
+            n_failed = 0
             verdicts[key] = "judge gave no clear verdict" if verdict is None else verdict
             if verdict is not None:
                 self._cache[key] = verdict

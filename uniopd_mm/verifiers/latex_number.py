@@ -50,12 +50,12 @@ def evaluate(text: str, names: bool = True) -> Number | None:
     return None if value is None else round(value, 2)
 
 
-def exact(text: str, names: bool = True) -> Number | None:
-    """``evaluate`` before rounding."""
+def exact(text: str, names: bool = True, whole: bool = False) -> Number | None:
+    """``evaluate`` before rounding; ``whole``: the text is the expression alone, no equation and no "12)"."""
     if len(text) > MAX_CHARS:
         return None
     try:
-        value = _Parser(_BLANK.sub(" ", re.sub(r"\\[dt]frac", r"\\frac", text)), names).value()
+        value = _Parser(_BLANK.sub(" ", re.sub(r"\\[dt]frac", r"\\frac", text)), names).value(whole)
     except (NotANumber, ArithmeticError, ValueError):
         return None
     return value if isinstance(value, int) or math.isfinite(value) else None
@@ -88,13 +88,13 @@ class _Parser:
             raise NotANumber(f"{token} missing")
         self.advance()
 
-    def value(self) -> Number:
+    def value(self, whole: bool) -> Number:
         """The whole text; a single symbol may stand before an equals sign."""
-        if assigned := _ASSIGNED.match(self.text):
+        if not whole and (assigned := _ASSIGNED.match(self.text)):
             self.at = assigned.end()
             self.advance()
         result = self.sum()
-        if self.token and self.token in ",;=<>&":
+        if self.token and (whole or self.token in ",;=<>&"):
             raise NotANumber("a list or a relation")
         return _plain(result)
 
@@ -155,7 +155,7 @@ class _Parser:
         exponent = self.sum_in("{", "}") if self.token == "{" else self.simple()
         if isinstance(exponent, Fraction) and abs(exponent) == Fraction(1, 2):
             self.need_names()  # it is written as a square root
-        return _power(_plain(base), _plain(exponent))
+        return power(_plain(base), _plain(exponent))
 
     def sum_in(self, left: str, right: str) -> Number | Fraction:
         self.expect(left)
@@ -208,7 +208,7 @@ class _Parser:
             root = _plain(self.sum_in("[", "]")) if self.token == "[" else 2
             if root == 2:
                 self.need_names()
-            return _power(_plain(self.sum_in("{", "}")), 1 / root)
+            return power(_plain(self.sum_in("{", "}")), 1 / root)
         self.need_names()
         if name == "e":
             self.expect("^")
@@ -232,7 +232,7 @@ class _Parser:
         result = math.log(argument, base) if name == "\\log" else _FUNCTIONS[name](argument)
         if name == "\\exp" and argument == 1:
             raise NotANumber("e")
-        return result if exponent is None else _power(result, _plain(exponent))
+        return result if exponent is None else power(result, _plain(exponent))
 
     def argument(self) -> Number | Fraction:
         """What a function is applied to: a parenthesis, or the product that follows."""
@@ -250,7 +250,8 @@ def _plain(value: Number | Fraction) -> Number:
     return value
 
 
-def _power(base: Number, exponent: Number) -> Number:
+def power(base: Number, exponent: Number) -> Number:
+    """base ** exponent; :class:`NotANumber` for a complex or a very large one."""
     if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > _MAX_BITS:
         raise NotANumber("too large")
     result = base**exponent

@@ -17,7 +17,7 @@ def score(answer: str, gold: str, profile: str = "upstream") -> float:
     """1 if the letters that a judge extracted ("AB") are those of the gold ("A, B"), else 0."""
     if not (answer.isalpha() and answer.isupper()):
         return 0.0
-    return float(sorted(answer.lower()) == sorted(letter.lower() for letter in gold.split(", ")))
+    return float("".join(sorted(answer.lower())) == "".join(sorted(gold.lower().split(", "))))
 
 
 class LogicVistaVerifier(ChoiceVerifier):

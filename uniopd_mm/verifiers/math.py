@@ -1,7 +1,11 @@
 r"""Mathematical answers: equality as math-verify judges it, in killable worker processes.
 
-``strict`` looks for the answer in the visible text (see ``extract``), tidies notation that math-verify cannot read and
-compares.  ``upstream`` takes the last ``\boxed{}`` of the whole response as it stands, as the text-math benchmarks do.
+``strict`` looks for the answer in the visible text (see ``extract``), tidies notation that math-verify cannot read,
+rejects what it is too lenient with (other units, "5 or 6", "2x = 5" for 5) and compares.  ``upstream`` takes the last
+``\boxed{}`` of the whole response as it stands, as the text-math benchmarks do.
+
+A comparison that runs out of time or memory is unknown, though often the answer's fault: nothing tells a bomb from a right
+answer in a form that is hard to compare.  It scores nothing, and calibration leaves it out.
 """
 
 from __future__ import annotations
@@ -14,8 +18,26 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from uniopd_mm.rollout import Outcome, Prompt
-from uniopd_mm.verifiers.base import MAX_ANSWER_CHARS, NO_ANSWER, NO_GOLD, Verifier, gold_answers
-from uniopd_mm.verifiers.extract import DELIMITERS, candidates, fold, last_boxed, sentence, visible
+from uniopd_mm.verifiers import numeric
+from uniopd_mm.verifiers.base import (
+    AGREES,
+    DIFFERS,
+    MAX_ANSWER_CHARS,
+    NO_ANSWER,
+    NO_GOLD,
+    Verifier,
+    gold_answers,
+)
+from uniopd_mm.verifiers.extract import (
+    DELIMITERS,
+    candidates,
+    fold,
+    last_boxed,
+    lone_line,
+    plain,
+    sentence,
+    visible,
+)
 from uniopd_mm.verifiers.math_workers import MathWorkers, Verdict
 
 if TYPE_CHECKING:
@@ -36,6 +58,21 @@ _SYMBOLS = {
     "≥": r"\ge ",
     "∪": r"\cup ",
 }
+_RELATION = re.compile(r"\s*(<|>|\\(?:le|ge|leq|geq|lt|gt|leqslant|geqslant)(?![a-zA-Z]))\s*")
+_OR = re.compile(
+    r"\s*(?:\\(?:text|mbox|mathrm)\s?\{\s?or\s?\}|\\lor\b|\\quad\s?or\s?\\quad|\bor\b|\\cup\b)\s*"
+)
+_WORDS = re.compile(r"[A-Za-z]{2,}")
+_HEDGE = re.compile(r"(?<![a-zA-Z\\])(?:or|either)(?![a-zA-Z])|或")
+_SEVERAL = re.compile(r"[,;<>]|\\(?:pm|mp|cup|lor|le|ge|in|text|mathrm)|(?<![a-zA-Z\\])or(?![a-zA-Z])|±")
+_ONE_SIDED = re.compile(r"(?:\\(?:neq?|not|le|ge|leq|geq|lt|gt)(?![a-zA-Z])|[<>])")
+_UNSOLVED = re.compile(
+    r"(?!\s*[a-z]\s*=)\|?\s*\d*\s*[a-z]\s*(?:\^\s?\{?\d+\}?)?\s*\|?\s*(?:[-+]\s*\d+\s*)?=[^=]+"
+)
+_BASED = re.compile(r"([0-9A-F]+)_\{?\(?(\d+)\)?\}?")
+_LESS = frozenset(("<", "\\le", "\\leq", "\\lt", "\\leqslant"))
+_CLOSED = frozenset(("\\le", "\\leq", "\\leqslant", "\\ge", "\\geq", "\\geqslant"))
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
 _ROOT = re.compile(r"√\s?(\d+|[A-Za-z])")
 _RAISED = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)|([₀₁₂₃₄₅₆₇₈₉]+)|([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])")
 
@@ -46,7 +83,7 @@ def tidy(answer: str) -> str:
     for left, right in DELIMITERS:
         if len(answer) > len(left + right) and answer.startswith(left) and answer.endswith(right):
             answer = _bare(answer[len(left) : -len(right)])
-    answer = answer.removeprefix("\\displaystyle").lstrip()
+    answer = answer.removeprefix("\\displaystyle").replace("\\varnothing", "\\emptyset").lstrip()
     if _GROUPED.fullmatch(answer):
         return re.sub(r"\\[,;:! ]|[ _]", "", answer)
     if match := _SCIENTIFIC.fullmatch(answer):
@@ -54,7 +91,37 @@ def tidy(answer: str) -> str:
     if not answer.isascii():
         answer = _ROOT.sub(r"\\sqrt{\1}", _RAISED.sub(_raised, answer))
         answer = "".join(_SYMBOLS.get(char, char) for char in answer)
-    return answer
+    return _as_interval(answer)
+
+
+def _as_interval(answer: str) -> str:
+    r"""Inequalities of one letter as math-verify compares them with intervals: 1 < x -> (1,\infty)."""
+    if not _RELATION.search(answer):
+        return answer
+    parts = [_interval(part) for part in _OR.split(answer)]
+    return answer if None in parts else " \\cup ".join(part for part in parts if part)
+
+
+def _interval(inequality: str) -> str | None:
+    r"""``a < x``, ``x \ge a`` or ``a < x \le b`` as an interval, an interval as it is; None = neither."""
+    parts = _RELATION.split(inequality.strip())
+    sides, signs = parts[::2], parts[1::2]
+    if not signs:
+        return inequality.strip() if inequality.strip()[:1] in ("(", "[") else None
+    letters = [i for i, side in enumerate(sides) if re.fullmatch("[a-z]", side)]
+    if len(letters) != 1 or not all(sides) or any("," in side or "=" in side for side in sides):
+        return None
+    ends = {}
+    for i, sign in enumerate(signs):
+        is_before = i < letters[0]
+        bound, is_low = sides[i if is_before else i + 1], (sign in _LESS) == is_before
+        ends["low" if is_low else "high"] = (bound, sign in _CLOSED)
+    if len(ends) != len(signs) or (len(signs) == 2 and letters != [1]):
+        return None
+    low, closed = ends.get("low", (r"-\infty", False))
+    start = f"{'[' if closed else '('}{low}"
+    high, closed = ends.get("high", (r"\infty", False))
+    return f"{start},{high}{']' if closed else ')'}"
 
 
 def _bare(answer: str) -> str:
@@ -70,12 +137,21 @@ def _raised(match: re.Match[str]) -> str:
 
 
 def extract(text: str) -> str | None:
-    """The tidied answer a response states; None = none."""
-    for candidate in candidates(visible(text)):
+    """The tidied answer a response states, or that it is as a whole; None = none."""
+    shown = visible(text)
+    for candidate in candidates(shown):
         answer = tidy(sentence(candidate[: 2 * MAX_ANSWER_CHARS]))
         if answer:
             return answer
-    return None
+    line = lone_line(shown)
+    return (tidy(line) or None) if line and line == shown.strip() and _is_bare(line) else None
+
+
+def _is_bare(line: str) -> bool:
+    """A number or an expression without words: "5", "$x=5$", "12 cm"."""
+    if "\\boxed" in line or not re.search(r"\w", line):
+        return False
+    return not _WORDS.search(_COMMAND.sub(" ", line)) or numeric.parse(line) is not None
 
 
 def extract_upstream(text: str) -> str | None:
@@ -97,6 +173,25 @@ def compare_plain(gold: str, answer: str) -> bool | None:
         equal = Decimal(gold) == Decimal(answer)
         # Different decimals may still agree to the places math-verify looks at.
         return equal if equal or ("." not in gold and "." not in answer) else None
+    return None
+
+
+def compare_notation(gold: str, answer: str) -> bool | None:
+    r"""What math-verify does not look at: hedges, relations, bases, other units, the order of points; None = ask it."""
+    if _HEDGE.search(plain(answer)) and not _SEVERAL.search(gold):
+        return False
+    if _ONE_SIDED.match(answer) and not _ONE_SIDED.search(gold):
+        return False
+    if _UNSOLVED.fullmatch(answer) and "=" not in gold and not re.search("[a-z]", _COMMAND.sub("", gold)):
+        return False
+    based = _BASED.fullmatch(answer), _BASED.fullmatch(gold)
+    if based[0] and (based[1] or gold.isdecimal()):
+        return based[0].groups() == (based[1].groups() if based[1] else (gold, "10"))
+    if re.fullmatch("[A-Z]{3,10}", gold) and re.fullmatch("[A-Z]{3,10}", plain(answer)):
+        return plain(answer) in (gold, gold[::-1])
+    found, wanted = numeric.parse(answer), numeric.parse(gold)
+    if found and wanted and found.unit and wanted.unit and found.unit != wanted.unit and found.is_measured:
+        return numeric.same(found, wanted) if wanted.is_measured else None
     return None
 
 
@@ -187,6 +282,8 @@ class MathVerifier(Verifier):
         if self.profile == "strict" and gold == answer:
             return Verdict(True, True)
         equal = compare_plain(gold, answer)
+        if equal is None and self.profile == "strict":
+            equal = compare_notation(gold, answer)
         return None if equal is None else Verdict(True, equal)
 
 
@@ -203,13 +300,13 @@ def _outcome(
         return Outcome(False, score=0.0, extracted=answer[:MAX_ANSWER_CHARS], reason=reason)
     found = [verdicts[gold, answer] for gold in golds]
     if any(verdict.equal for verdict in found):
-        return Outcome(True, score=1.0, extracted=answer)
+        return Outcome(True, score=1.0, extracted=answer, reason=AGREES)
     for gold, verdict in zip(golds, found, strict=True):
         if verdict.gold_ok is None:
             return Outcome(None, extracted=answer, reason=verdict.reason)
         if not verdict.gold_ok:
             return Outcome(None, extracted=answer, reason=_gold_problem(gold, verdict))
-    return Outcome(False, score=0.0, extracted=answer)
+    return Outcome(False, score=0.0, extracted=answer, reason=DIFFERS)
 
 
 def _gold_problem(gold: str, verdict: Verdict) -> str:

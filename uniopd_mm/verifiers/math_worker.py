@@ -1,7 +1,8 @@
 """One process that compares mathematical answers with math-verify; ``math_workers`` starts, feeds and kills it.
 
 math-verify may hang or eat memory on an answer like 9^(9^9), inside one C call that no signal handler interrupts; so it
-runs here, under limits, where it can be killed.  Requests and replies are JSON lines on the original stdin and stdout.
+runs in a fork of this process, under limits, that the kernel's alarm ends.  The next fork takes over within milliseconds,
+since math-verify is loaded already.  Requests and replies are JSON lines on the original stdin and stdout.
 This module imports nothing heavy and nothing of the rest of the library.
 """
 
@@ -18,12 +19,20 @@ from typing import Any, TextIO
 
 MEMORY_BYTES = 1 << 30
 """Address space of one worker; an idle one takes about 65 MB."""
+REPLACE_S = 0.1
+"""Of a comparison's time: kept for ending it and starting the next fork."""
 _PR_SET_PDEATHSIG = 1
+_OUT_OF_MEMORY, _TOO_DEEP = 3, 4
+_FAILURES = {
+    -signal.SIGALRM: "took longer than {:g} s",
+    _OUT_OF_MEMORY: "out of memory",
+    _TOO_DEEP: "nested too deeply",
+}
 
 
 def main() -> None:
-    """``argv``: the parent's process id, the CPU seconds one comparison may take, and "boxed" or "bare"."""
-    parent, cpu_s, boxed = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "boxed"
+    """``argv``: the parent's process id, the seconds one comparison may take, and "boxed" or "bare"."""
+    parent, timeout_s, boxed = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "boxed"
     _die_with(parent)
     _limit()
     replies = _take_stdout()
@@ -35,16 +44,29 @@ def main() -> None:
         _reply(replies, {"error": f"{type(error).__name__}: {error}"})
         return
     _reply(replies, {"ready": True})
-    for line in sys.stdin:  # ends when the parent closes the pipe or is gone
+    me, status = os.getpid(), 1
+    while status != 0:
+        child = os.fork()
+        if child == 0:
+            _die_with(me)
+            os._exit(_serve(replies, timeout_s, boxed))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status != 0:
+            _reply(replies, {"failed": _FAILURES.get(status, f"died (status {status})").format(timeout_s)})
+
+
+def _serve(replies: TextIO, timeout_s: float, boxed: bool) -> int:
+    """Compare until the parent closes the pipe or is gone, or memory runs out; the exit status."""
+    for line in sys.stdin:
         request = json.loads(line)
-        # A backstop for a worker whose parent is gone: past it the kernel ends the process, even inside a C call.
-        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        signal.setitimer(signal.ITIMER_REAL, max(timeout_s - REPLACE_S, timeout_s / 2))
         try:
             reply = compare(request["gold"], request["answer"], boxed)
-        except MemoryError:
-            reply = {"error": "out of memory"}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _reply(replies, reply)
+        except (MemoryError, RecursionError) as error:
+            return _OUT_OF_MEMORY if isinstance(error, MemoryError) else _TOO_DEEP
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _reply(replies, reply | {"job": request["job"]})
+    return 0
 
 
 def compare(gold: str, answer: str | None, boxed: bool = True) -> dict[str, Any]:

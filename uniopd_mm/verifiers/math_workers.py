@@ -1,4 +1,4 @@
-"""The parent's side of the math worker processes: start when needed, feed one request at a time, kill on overrun.
+"""The parent's side of the math worker processes: start when needed, feed one request at a time, replace what fails.
 
 Workers are plain subprocesses, not ``multiprocessing`` ones: nothing of this process (a CUDA context, the script that
 is ``__main__``) reaches them, and it works in any thread.
@@ -25,6 +25,8 @@ from uniopd_mm.verifiers.base import VerifierError
 
 START_S = 60.0
 """A worker that is not ready by then does not start."""
+GRACE_S = 1.0
+"""Beyond its limit a worker has so long to say that it overran; then it is killed from here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class _Worker:
             "-m",
             "uniopd_mm.verifiers.math_worker",
             str(os.getpid()),
-            str(timeout_s + 1.0),
+            str(timeout_s),
             "boxed" if boxed else "bare",
         ]
         self.process = subprocess.Popen(
@@ -59,25 +61,29 @@ class _Worker:
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.ready = False
         self.job: int | None = None
+        self.n_given = 0
         self.deadline = time.monotonic() + START_S
         self.buffer = b""
 
     def give(self, job: int, gold: str, answer: str | None, timeout_s: float) -> None:
         """Send a request; raises BrokenPipeError when the process is gone."""
-        self.stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
+        self.n_given += 1
+        request = {"job": self.n_given, "gold": gold, "answer": answer}
+        self.stdin.write(json.dumps(request).encode() + b"\n")
         self.stdin.flush()
-        self.job, self.deadline = job, time.monotonic() + timeout_s
+        self.job, self.deadline = job, time.monotonic() + timeout_s + GRACE_S
 
     def receive(self) -> dict | None:
-        """A complete reply, or None so far; raises EOFError when the process is gone."""
+        """The reply to the request at hand, or None so far; raises EOFError when the process is gone."""
         data = os.read(self.stdout.fileno(), 65536)
         if not data:
             raise EOFError
-        self.buffer += data
-        if not self.buffer.endswith(b"\n"):
-            return None
-        line, self.buffer = self.buffer, b""
-        return json.loads(line)
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        for reply in map(json.loads, lines):
+            # A fork that died while idle failed no request, and the next one may answer what was given up.
+            if reply.get("job", self.n_given) == self.n_given and (self.job is not None or not self.ready):
+                return reply
+        return None
 
     def stop(self) -> int:
         """Kill the process and reap it; its exit status."""
@@ -142,11 +148,11 @@ class MathWorkers:
             if not todo:
                 return
             try:
-                if worker.process.poll() is not None:
-                    raise BrokenPipeError
+                if _readable(worker):  # a fork died while idle
+                    worker.receive()
                 worker.give(todo[0], *pairs[todo[0]], self.timeout_s)
                 todo.popleft()
-            except BrokenPipeError:  # it died while idle: no answer's fault
+            except (BrokenPipeError, EOFError):  # it died while idle: no answer's fault
                 self._remove(worker)
         starting = sum(not worker.ready for worker in self._workers)
         while len(self._workers) < self.n and starting < len(todo):
@@ -182,6 +188,9 @@ class MathWorkers:
         elif "error" in reply:
             self._remove(worker)
             self._fail(worker, reply["error"], verdicts, todo)
+        elif "failed" in reply:  # its next fork is ready
+            self._fail(worker, reply["failed"], verdicts, todo)
+            worker.job = None
         elif not worker.ready:
             worker.ready = self._started_once = True
         else:

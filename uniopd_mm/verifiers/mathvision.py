@@ -3,19 +3,23 @@ r"""MathVision answers: the letter of an option, the option's value, or an expre
 ``strict`` judges questions with options as choices and the others as mathematics.  The other profiles give the numbers
 of published scorers, without ever executing an answer: ``upstream`` (lmms-eval) reads the whole response with a ladder
 of phrases and compares values to two decimals; ``upstream_073`` is its release 0.7.3, in which roots, pi and functions
-are unknown names; ``upstream_vlmevalkit`` takes an extracted answer, letters by VLMEvalKit's inference.
+are unknown names; ``upstream_vlmevalkit`` takes an extracted answer, letters by VLMEvalKit's inference, numbers to 1e-6 (roots, pi and
+functions are unknown names there too).
 """
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from uniopd_mm.rollout import Outcome, Prompt
-from uniopd_mm.verifiers.base import MAX_ANSWER_CHARS, NO_GOLD, Verifier, by_kind, gold_answers
+from uniopd_mm.verifiers.base import NO_GOLD, Verifier, by_kind, gold_answers, outcome_of
 from uniopd_mm.verifiers.choice import ChoiceVerifier, options_of
-from uniopd_mm.verifiers.latex_number import MAX_CHARS, Number, evaluate, exact
+from uniopd_mm.verifiers.extract import last_boxed
+from uniopd_mm.verifiers.latex_number import MAX_CHARS, Number, evaluate, exact, power
 from uniopd_mm.verifiers.math import MathVerifier
 
 if TYPE_CHECKING:
@@ -161,14 +165,17 @@ def _tuple(text: str, names: bool) -> str:
 
 
 def _vlmevalkit(answer: str, gold: str, options: Sequence[str]) -> bool:
-    start = answer.find("\\boxed{")
-    if start >= 0 and (end := answer.find("}", start)) >= 0:
-        answer = answer[start + len("\\boxed{") : end]
     if not options:
         return _equal(answer, gold)
     return _equal(str(infer_choice(answer, dict(zip(LETTERS, options, strict=False)))), gold)
 
 
+_ARITHMETIC = re.compile(r"[-+*/().\d\s_e]+", re.ASCII)
+_SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_OPERATIONS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Pow: power,
+}  # fmt: skip
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -194,22 +201,68 @@ def infer_choice(answer: str, options: dict[str, str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-_PYTHON_NUMBER = re.compile(r"[-+]?\s*(?:\d+(?:_\d+)*\.?\d*|\.\d+)(?:e[-+]?\d{1,3})?", re.ASCII)
+_WRAPPED = re.compile(
+    r"\\(?:boxed|fbox|mbox|text(?:bf|it|rm)?|math(?:rm|bf|sf|it|tt))\s{0,9}(?:\{([^{}]*)\}|(?=[-.\d]))"
+)
+_UNREAD = re.compile(r"\^\s?(?:\\circ|\{\s?\\circ\s?\})|\\[()$;: !]|[\"']|\{,\}")
+_MIXED = re.compile(r"(-?)(\d+)(\\[dt]?frac\{\d+\}\{\d+\})", re.ASCII)
 
 
 def _equal(answer: str, gold: str) -> bool:
-    """VLMEvalKit's equality: as strings, else as numbers to 1e-6."""
+    """VLMEvalKit's equality: as strings, else as numbers to 1e-6, both of them Python or both LaTeX."""
     answer, gold = answer.lower().strip(), gold.lower().strip()
     if answer == gold:
         return True
-    values = [_number(text) for text in (answer, gold)]
-    return None not in values and abs(values[0] - values[1]) < _TOLERANCE  # type: ignore[operator]
+    values = [(_python(text), _latex(text)) for text in (answer, gold)]
+    if _bare(answer) == "a" and values[1] != (None, None):
+        return True  # upstream evaluates it where the gold's value is called a
+    return any(_near(a, b) for a, b in zip(*values, strict=True))
 
 
-def _number(text: str) -> float | None:
-    if _PYTHON_NUMBER.fullmatch(text[:MAX_CHARS]):
-        return float(text.replace("_", "").replace(" ", ""))
-    return exact(text)
+def _near(a: Number | None, b: Number | None) -> bool:
+    try:
+        return a is not None and b is not None and abs(a - b) < _TOLERANCE
+    except OverflowError:  # an integer beyond floats
+        return False
+
+
+def _python(text: str) -> Number | None:
+    """The value of Python arithmetic, "1.2e3" or "1/2"; None = it is none, or too large."""
+    if len(text) > MAX_CHARS or not _ARITHMETIC.fullmatch(text):
+        return None
+    try:
+        return _python_value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
+        return None
+
+
+def _python_value(node: ast.expr) -> Number:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _SIGNS:
+        return _SIGNS[type(node.op)](_python_value(node.operand))
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        return _OPERATIONS[type(node.op)](_python_value(node.left), _python_value(node.right))
+    raise ValueError(f"{type(node).__name__} is no arithmetic")
+
+
+def _latex(text: str) -> Number | None:
+    """The number that latex2sympy2_extended makes of an expression without roots, functions or letters."""
+    text = _MIXED.sub(r"\1(\2+\3)", re.sub(r"(?<!\\)%", r"\\%", re.sub(r"\s+(?=\\?%)", "", _bare(text))))
+    if text.startswith(("{", "\\{")) or text.endswith((".", "~")):
+        return None
+    return exact(text, names=False, whole=True)
+
+
+def _bare(text: str) -> str:
+    """The box, or the text (several boxes make a set), without markup that the parser does not see."""
+    boxed = last_boxed(text) if text.count("\\boxed") == 1 else None
+    text = (boxed or text)[: MAX_CHARS + 1]
+    for _ in range(4):
+        text, n_wrapped = _WRAPPED.subn(r"\1", text)
+        if not n_wrapped:
+            break
+    return _UNREAD.sub("", text).replace("\u2212", "-").strip()
 
 
 def _kind(prompt: Prompt) -> str:
@@ -250,4 +303,4 @@ class MathVisionVerifier(Verifier):
             return Outcome(None, reason=NO_GOLD)
         options = list(options_of(prompt).values())
         best = max(score(text, gold, self.profile, options) for gold in golds)
-        return Outcome(best == 1.0, score=best, extracted=_ladder(text.strip())[:MAX_ANSWER_CHARS])
+        return outcome_of(best, _ladder(text.strip()))

@@ -1,82 +1,97 @@
 r"""Numbers with units: "12 cm" is 12, "1.2e3" is 1200, "12 mm" is not "12 cm".
 
-Numbers are equal to one part in a million.  Units are compared, not converted: where one side names none the other's is
-taken for granted, and two different ones are different answers.  "5 %" is the number 5 with the unit %, never 0.05.
+Integers are equal exactly, other numbers to one part in a million.  Where one side names no unit the other's is taken for
+granted; units of length, mass, time and volume are converted (5000 m is 5 km), other different units are different answers.
+"5 %" is the number 5 with the unit %, never 0.05.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from uniopd_mm.rollout import Prompt
 from uniopd_mm.verifiers.base import MAX_ANSWER_CHARS, NO_GOLD, Verifier, gold_answers
-from uniopd_mm.verifiers.extract import fold, plain, sentence, short_answer
+from uniopd_mm.verifiers.extract import fold, linear_number, plain, sentence, short_answer
 
-RELATIVE = 1e-6
+RELATIVE = Fraction(1, 10**6)
+_MAX_EXPONENT = 300
 
 _UNITS = {
-    "cm": "centimeter centimetre centimeters centimetres cms", "mm": "millimeter millimetre millimeters millimetres",
-    "m": "meter metre meters metres", "km": "kilometer kilometre kilometers kilometres kms",
+    "cm": "centimeter centimetre centimeters centimetres cms 厘米", "mm": "millimeter millimetre millimeters millimetres 毫米",
+    "m": "meter metre meters metres 米", "km": "kilometer kilometre kilometers kilometres kms 千米 公里",
     "in": "inch inches", "ft": "foot feet", "yd": "yard yards", "mi": "mile miles",
-    "g": "gram grams", "kg": "kilogram kilograms kgs", "mg": "milligram milligrams", "lb": "lbs pound pounds",
+    "g": "gram grams 克", "kg": "kilogram kilograms kgs 千克 公斤", "mg": "milligram milligrams", "lb": "lbs pound pounds",
     "oz": "ounce ounces", "l": "liter litre liters litres", "ml": "milliliter millilitre milliliters millilitres",
-    "s": "sec secs second seconds", "min": "mins minute minutes", "h": "hr hrs hour hours", "day": "days d",
-    "week": "weeks", "month": "months", "year": "years yr yrs", "ms": "millisecond milliseconds",
-    "°": "deg degree degrees ^\\circ ^{\\circ} \\degree º", "rad": "radian radians", "%": "percent pct per-cent",
-    "$": "dollar dollars usd", "€": "euro euros eur", "£": "gbp", "¥": "yen yuan rmb", "cent": "cents ¢",
+    "s": "sec secs second seconds 秒", "min": "mins minute minutes 分钟", "h": "hr hrs hour hours 小时", "day": "days d 天",
+    "week": "weeks", "month": "months", "year": "years yr yrs 年", "ms": "millisecond milliseconds",
+    "°": "deg degree degrees ^\\circ ^{\\circ} \\degree º 度", "rad": "radian radians", "%": "percent pct per-cent",
+    "$": "dollar dollars usd", "€": "euro euros eur", "£": "gbp", "¥": "yen yuan rmb 元", "cent": "cents ¢",
     "n": "newton newtons", "j": "joule joules", "w": "watt watts", "v": "volt volts", "a": "amp amps ampere amperes",
     "ω": "ohm ohms", "hz": "hertz", "pa": "pascal pascals", "k": "kelvin", "°c": "celsius degc", "°f": "fahrenheit",
-    "unit": "units", "item": "items", "piece": "pieces", "people": "person persons",
+    "unit": "units", "item": "items 个 件", "piece": "pieces 块 张", "people": "person persons 人 名",
 }  # fmt: skip
 _CANONICAL = {name: unit for unit, names in _UNITS.items() for name in (unit, *names.split())}
-_SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-_COUNTS: dict[str, int] = {
-    word: value
-    for value, word in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-        ]
-    )
-}
+_SI = {
+    "mm": ("m", "1/1000"), "cm": ("m", "1/100"), "m": ("m", "1"), "km": ("m", "1000"), "in": ("m", "0.0254"),
+    "ft": ("m", "0.3048"), "yd": ("m", "0.9144"), "mi": ("m", "1609.344"), "mg": ("g", "1/1000"), "g": ("g", "1"),
+    "kg": ("g", "1000"), "lb": ("g", "453.59237"), "oz": ("g", "28.349523125"), "ml": ("l", "1/1000"), "l": ("l", "1"),
+    "ms": ("s", "1/1000"), "s": ("s", "1"), "min": ("s", "60"), "h": ("s", "3600"), "day": ("s", "86400"),
+    "week": ("s", "604800"), "cent": ("$", "1/100"),
+}  # fmt: skip
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES |= {"k": 10**3, "M": 10**6, "bn": 10**9}
+_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
+_COUNTS = {word: str(value) for value, word in enumerate(_WORDS)}
 _NUMBER = re.compile(
     r"(?P<currency>[$€£¥]?)\s?(?P<sign>[-+]?)\s?(?P<front>[$€£¥]?)\s?"
     r"(?P<value>\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?|\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})"
     r"(?:\s?(?:[eE]|(?:\\times|\\cdot|×|x|\*)\s?10\s?\^)\s?\{?(?P<exponent>[-+]?\d{1,3})\}?)?"
     r"(?:\s?/\s?(?P<over>\d{1,15}(?:\.\d{1,15})?))?"
-    r"\s?(?P<scale>thousand|million|billion|trillion)?\s?(?P<unit>.{0,60})",
+    r"(?:\s?(?P<scale>(?i:thousand|million|billion|trillion))|(?<=\d)(?P<suffix>k|M|bn)(?!\w))?(?P<unit>.{0,60})",
     re.DOTALL,
 )
-_FRACTION = re.compile(
-    r"(?P<sign>[-+]?)\s?\\[dt]?frac\s?\{(?P<value>\d{1,15})\}\s?\{(?P<over>\d{1,15})\}(?P<unit>.{0,60})",
+_MIXED = re.compile(
+    r"(?P<sign>[-+]?)\s?(?P<whole>\d{1,15})\s(?P<value>\d{1,15})\s?/\s?(?P<over>\d{1,15})(?P<unit>.{0,60})",
     re.DOTALL,
 )
+_TAIL = re.compile(
+    r"\s(?:long|wide|tall|high|deep|old|in total|each|altogether|\(?approx(?:\.|imately)?\)?)$"
+)
+_STATED = re.compile(
+    r"(?:[\d\s.,+*×/÷()-]{1,60}|[A-Za-z]{1,20}(?:\s[A-Za-z]{1,20}){0,3}\s?)=(?P<value>[^=]{1,60})"
+    r"|(?:[A-Za-z',]{1,20}\s){1,15}?(?:is|are|was|were|has|have|equals):?\s(?P<counted>[^=]{1,60})"
+    r"|[A-Za-z]{2,20}(?:\s[A-Za-z]{2,20}){0,3}:\s(?P<listed>[^=]{1,60})"
+)
+"""A line that states one quantity: "3 + 9 = 12", "The length is 12 cm.", "Total: 12"."""
 _NO_NOUNS = frozenset((
     "is", "are", "was", "were", "or", "and", "not", "to", "than", "but", "plus", "minus", "times", "if", "so", "because",
     "wrong", "right",
 ))  # fmt: skip
-_UNIT = re.compile(r"[a-zA-Z°º%$€£¥¢Ωωµμ²³^{}\\/·*\d\s().-]*")
+_UNIT = re.compile(r"[一-鿿a-zA-Z°º%$€£¥¢Ωωµμ²³^{}\\/·*\d\s().-]*")
 
 
 @dataclass(frozen=True)
 class Quantity:
     """A number and its unit."""
 
-    value: float
+    value: Fraction
     unit: str = ""
     """Canonical: ``cm^2``, ``km/h``; "" = none."""
 
@@ -85,39 +100,59 @@ class Quantity:
         """The unit, if there is one, is a known unit of measurement."""
         return all(part.partition("^")[0] in _UNITS for part in re.split("[/·*]", self.unit) if part)
 
+    def in_base_units(self) -> Quantity:
+        """The same quantity in metres, grams, seconds and litres as far as its unit is made of such."""
+        value, parts = self.value, re.split("([/·*])", self.unit)
+        for i in range(0, len(parts), 2):
+            name, _, power = parts[i].partition("^")
+            if name in _SI:
+                parts[i] = _SI[name][0] + (f"^{power}" if power else "")
+                factor = Fraction(_SI[name][1]) ** int(power or 1)
+                value = value / factor if i and parts[i - 1] == "/" else value * factor
+        return Quantity(value, "".join(parts))
+
 
 def parse(text: str) -> Quantity | None:
     """The quantity a text is; None when it is more or less than one number with an optional unit."""
     text = plain(fold(text[:MAX_ANSWER_CHARS])).strip().rstrip(".").strip()
-    text = re.sub(r"^[a-zA-Z]\w{0,3}\s?(?:=|≈|\\approx)\s?", "", text).replace("−", "-").replace("\\%", "%")
-    text = text.replace("\\$", "$").replace("{,}", ",").replace("\\!", "")
-    if text.casefold() in _COUNTS:
-        return Quantity(_COUNTS[text.casefold()])
-    match = _FRACTION.fullmatch(text) or _NUMBER.fullmatch(text)
-    return _quantity(match) if match else None
+    text = re.sub(r"^(?:[a-zA-Z]\w{0,3}\s?)?(?:=|≈|\\approx)\s?", "", text).replace("\\%", "%")
+    text = text.replace("\\$", "$").replace("{,}", ",").replace("\\!", "").replace("per cent", "percent")
+    text = re.sub(
+        r"^(?:minus|negative)\s(?=[\d.])", "-", linear_number(_TAIL.sub("", text)), flags=re.IGNORECASE
+    )
+    text = re.sub(r"^(?:USD|US\$)\s?(?=\d)", "$", text)
+    first, space, rest = text.partition(" ")
+    text = _COUNTS.get(first.casefold(), first) + space + rest
+    match = _NUMBER.fullmatch(text)
+    return (match and _quantity(match)) or ((match := _MIXED.fullmatch(text)) and _quantity(match)) or None
 
 
 def _quantity(match: re.Match[str]) -> Quantity | None:
     groups = match.groupdict()
+    glued = groups["unit"][:1].isalpha() and groups["unit"][0].isascii()
     unit = _unit(groups["unit"])
     currency = groups.get("currency") or groups.get("front") or ""
     if unit is None or (currency and unit not in ("", currency)):
         return None
-    over = float(groups["over"] or 1)
-    if over == 0:
+    quantity = Quantity(Fraction(0), unit)
+    if glued and not (groups.get("scale") or quantity.is_measured):  # "12th", "12x"
         return None
-    digits = re.sub("[, ]", "", groups["value"])
-    value = (
-        float(f"{digits}e{groups.get('exponent') or 0}") / over * _SCALES.get(groups.get("scale") or "", 1.0)
-    )
-    if not math.isfinite(value):
+    over = Fraction(groups["over"] or 1)
+    exponent = int(groups.get("exponent") or 0)
+    if over == 0 or abs(exponent) > _MAX_EXPONENT:
         return None
+    value = Fraction(re.sub("[, ]", "", groups["value"]).removesuffix(".")) * Fraction(10) ** exponent / over
+    if "whole" in groups:
+        if value >= 1:
+            return None
+        value += int(groups["whole"])
+    value *= _SCALES.get((groups.get("scale") or "").casefold() or groups.get("suffix") or "", 1)
     return Quantity(-value if groups["sign"] == "-" else value, currency or unit)
 
 
 def _unit(text: str) -> str | None:
     """A canonical unit; None when the text is no unit."""
-    text = text.strip().strip("()").strip()
+    text = text.strip().strip("()[]").strip()
     if not text:
         return ""
     if text.casefold() in _CANONICAL:
@@ -135,15 +170,19 @@ def _unit(text: str) -> str | None:
 
 def _power(text: str) -> str | None:
     """One factor of a unit, such as ``cm^2`` or a noun that is counted ("apples")."""
-    match = re.fullmatch(r"([A-Za-zΩωµμ%$€£¥ -]{1,30}?)\.?(?:\^?(-?[1-9]))?", text.strip())
+    match = re.fullmatch(r"([A-Za-zΩωµμ%$€£¥ -]{1,30}?|[一-鿿]{1,2})\.?(?:\^(-?[1-9])|([23]))?", text.strip())
     if match is None:
         return None
-    name = match[1].strip().casefold()
+    name, power = match[1].strip().casefold(), match[2] or match[3]
     if name not in _CANONICAL and (
-        match[2] or len(name.split()) > 3 or not _NO_NOUNS.isdisjoint(name.split())
+        power
+        or len(name) < 2
+        or not name.isascii()
+        or len(name.split()) > 3
+        or not _NO_NOUNS.isdisjoint(name.split())
     ):
         return None
-    return _CANONICAL.get(name, name.removesuffix("s")) + (f"^{match[2]}" if match[2] else "")
+    return _CANONICAL.get(name, name.removesuffix("s")) + (f"^{power}" if power else "")
 
 
 def score(answer: str, gold: str) -> float:
@@ -153,9 +192,13 @@ def score(answer: str, gold: str) -> float:
 
 
 def same(answer: Quantity, gold: Quantity) -> bool:
-    """Equal value, and no other unit."""
+    """Equal value, and the same unit after conversion where both name one."""
     if answer.unit and gold.unit and answer.unit != gold.unit:
-        return False
+        answer, gold = answer.in_base_units(), gold.in_base_units()
+        if answer.unit != gold.unit:
+            return False
+    if answer.value.denominator == gold.value.denominator == 1:
+        return answer.value == gold.value
     return abs(answer.value - gold.value) <= RELATIVE * abs(gold.value)
 
 
@@ -167,7 +210,9 @@ class NumericVerifier(Verifier):
         if answer is None or parse(answer):
             return answer
         first = sentence(answer)
-        return first if parse(first) else answer
+        stated = _STATED.fullmatch(first)
+        readings = (first, *(group for group in (stated.groups() if stated else ()) if group))
+        return next((reading.strip() for reading in readings if parse(reading)), answer)
 
     def score(self, answer: str, gold: str, prompt: Prompt | None = None) -> float:
         return score(answer, gold)
