@@ -2,25 +2,26 @@
 """Evaluate a model on the paper's sixteen benchmarks, or on rows of one's own.
 
   python eval/run.py --model Qwen/Qwen3-VL-4B-Instruct --tasks chartqa,docvqa,aime25
-  python eval/run.py --model runs/quickstart/model --tasks quickstart --dtype float32     offline, in a minute
-  python eval/run.py --model FOLDER --tasks all --preset quick                            a first look at everything
-  python eval/run.py --model FOLDER --tasks image_math --source DOWNLOADED                files instead of the hub
-  python eval/run.py --model FOLDER --data rows.jsonl                                     rows as in data/README.md
-  deepspeed eval/run.py --model FOLDER --tasks all                                        all GPUs of the machine
-  python eval/run.py --model FOLDER --tasks code --server http://localhost:8000           weights behind vLLM
-  python eval/run.py --score-only runs/eval/NAME --profile upstream                       score again, without a model
-  python eval/run.py --compare runs/eval/BEFORE runs/eval/AFTER                           paired comparison
-  python eval/run.py --list                                                               what can be evaluated
+  python eval/run.py --model runs/quickstart/model --tasks quickstart --dtype float32   # offline
+  python eval/run.py --model FOLDER --tasks all --preset quick             # a first look at all
+  python eval/run.py --model FOLDER --tasks image_math --source DOWNLOADED # files, not the hub
+  python eval/run.py --model FOLDER --data rows.jsonl                      # rows of your own
+  deepspeed eval/run.py --model FOLDER --tasks all                         # all GPUs of the machine
+  python eval/run.py --model FOLDER --tasks code --server http://localhost:8000    # weights in vLLM
+  python eval/run.py --score-only runs/eval/NAME --profile upstream        # again, without a model
+  python eval/run.py --compare runs/eval/BEFORE runs/eval/AFTER            # paired comparison
+  python eval/run.py --list                                                # what can be evaluated
 
-The same command goes on where it was stopped.  Answers are kept with all settings that shape them and are never mixed
-with others.  Written to --out: results.json, and per benchmark samples.jsonl, scores.jsonl and samples.html.
-eval/README.md explains benchmarks, profiles and numbers.
+The same command goes on where it was stopped.  Answers are kept with all settings that shape them
+and are never mixed with others.  Written to --out: results.json, and per benchmark samples.jsonl,
+scores.jsonl and samples.html.  eval/README.md explains benchmarks, profiles and numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -36,11 +37,13 @@ from uniopd_mm.config import JudgeConfig, ModelConfig, RolloutServerConfig, Sand
 from uniopd_mm.errors import ConfigError, UniOPDError
 from uniopd_mm.settings import from_options
 from uniopd_mm.training.arguments import at_least
-from uniopd_mm.training.launch import error_message, prepare_environment
+from uniopd_mm.training.launch import StopRequest, error_message, prepare_environment
 
 if TYPE_CHECKING:
     from uniopd_mm.distributed import World
     from uniopd_mm.evaluation.session import Answerer, Request
+    from uniopd_mm.evaluation.tasks import Task
+    from uniopd_mm.verifiers import VerifierPool
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
 
@@ -53,7 +56,7 @@ def main() -> int:
         return compare(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if args.local_rank is not None:
+    if is_launched(args):
         prepare_environment()
 
     from uniopd_mm.distributed import close_world
@@ -80,6 +83,8 @@ def main() -> int:
         for request in requests:
             task = request.load()
             say(world, "\n".join(describe(task, request)))
+            if request.benchmark is None and runs_code(task, verifiers):
+                say_sandbox(world)
             for problem in check_golds(task, verifiers, world):
                 say(world, f"  unusable gold answer, counted as unknown: {problem}")
             if answerer is None:
@@ -156,14 +161,15 @@ def plan_scoring(args: argparse.Namespace) -> list[Request]:
         )
     out, requests = out_folder(args), []
     for file in files:
-        run = (read_settings(file.parent) or {}).get("run", {})
+        saved = read_settings(file.parent) or {}
+        run, sampling = saved.get("run", {}), saved.get("sampled", {}).get("sampling", {})
         names = sorted({sample.benchmark for sample in read_samples(file)})
         if len(names) != 1:
             raise ConfigError(
                 f"{file} holds samples of {', '.join(names) or 'nothing'}; expected one benchmark"
             )
         name, data = names[0], args.data[0] if args.data else run.get("data") and Path(run["data"])
-        changes = {"limit": args.limit or run.get("limit"), "n": run.get("n")}
+        changes = {**sampling, "limit": args.limit or run.get("limit"), "n": run.get("n")}
         preset_name = run.get("preset", args.preset)
         benchmark = None if data else get_benchmark(name)
         preset = (
@@ -223,7 +229,10 @@ def make_answerer(args: argparse.Namespace, world: World) -> Answerer:
             max_failed_share=args.server_max_failed_share,
             sync="never",
         )
-    return Answerer(model, world, server, args.batch, args.seed, args.fresh)
+    stop = StopRequest() if is_launched(args) else None  # killed, it leaves its ranks running
+    return Answerer(
+        model, world, server, args.batch, args.seed, args.fresh, lambda: stop.reason if stop else ""
+    )
 
 
 def verifier_config(args: argparse.Namespace, requests: Sequence[Request], world: World) -> VerifierConfig:
@@ -232,6 +241,8 @@ def verifier_config(args: argparse.Namespace, requests: Sequence[Request], world
     Naming the verifier of code here makes a machine that cannot run programs safely an error at the start.
     """
     judge = None
+    if args.verifier == "judge" and not args.judge:
+        raise ConfigError("--verifier judge needs a model that judges. Type --judge URL")
     if args.judge:
         if not args.judge.startswith(("http://", "https://")):
             raise ConfigError(f"--judge {args.judge}: a judge has a URL like http://10.0.0.5:8000")
@@ -242,18 +253,32 @@ def verifier_config(args: argparse.Namespace, requests: Sequence[Request], world
             model=args.judge_model,
             api_key_env=args.judge_api_key_env,
         )
-    runs_code = any(request.benchmark and request.benchmark.domain == "code" for request in requests)
-    if runs_code:
-        from uniopd_mm.sandbox import describe as describe_sandbox
-
-        say(world, describe_sandbox())
+    has_code = any(request.benchmark and request.benchmark.domain == "code" for request in requests)
+    if has_code:
+        say_sandbox(world)
     return VerifierConfig(
         default=args.verifier,
-        by_domain={"code": "code"} if runs_code else {},
+        by_domain={"code": "code"} if has_code else {},
         workers=max(1, (os.cpu_count() or 1) // world.size),
         judge=judge,
         sandbox=SandboxConfig(allow_unsafe=args.allow_unsafe_code),
     )
+
+
+def runs_code(task: Task, verifiers: VerifierPool) -> bool:
+    """Whether rows of one's own have programs for answers."""
+    return any(verifiers.name_of(prompt).partition(":")[0] == "code" for prompt in task.prompts)
+
+
+def say_sandbox(world: World) -> None:
+    from uniopd_mm.sandbox import describe as describe_sandbox
+
+    say(world, describe_sandbox())
+
+
+def is_launched(args: argparse.Namespace) -> bool:
+    """Whether a launcher started this process, as one of several."""
+    return args.local_rank is not None or "LOCAL_RANK" in os.environ
 
 
 def start_world(args: argparse.Namespace) -> World:
@@ -261,7 +286,7 @@ def start_world(args: argparse.Namespace) -> World:
 
     from uniopd_mm.distributed import World, init_world
 
-    if args.local_rank is not None:
+    if is_launched(args):
         return init_world(timeout_s=7200.0)  # one rank may be busy with long answers while the others wait
     return World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -302,8 +327,12 @@ def finish(args: argparse.Namespace, results: dict[str, Any]) -> None:
     for name, result in results.items():
         for note in result["notes"]:
             print(f"{name}: {note}")
-        for reason, count in result["unknown_reasons"].items():
+        reasons = result["unknown_reasons"]
+        for reason, count in reasons.items():
             print(f"{name}: {count} unknown: {reason}")
+        n_more = round((result["unknown"] or 0) * result["samples"]) - sum(reasons.values())
+        if n_more:
+            print(f"{name}: {n_more} unknown for other reasons; all are in {name}/scores.jsonl")
     whole = {name: mean for name, mean in averages.items() if set(GROUPS.get(name, "?")) <= results.keys()}
     published = reference_text(ROOT / "eval" / "reference.yaml", args.reference or args.model, results, whole)
     if published:
@@ -330,6 +359,11 @@ def compare(args: argparse.Namespace) -> int:
         if one.only_first or one.only_second:
             print(
                 f"{name}: {one.only_first} rows are only in the first run, {one.only_second} only in the second"
+            )
+        if one.unknown_first or one.unknown_second:
+            print(
+                f"{name}: unknown, and so counted as wrong: {one.unknown_first} answers of the first run, "
+                f"{one.unknown_second} of the second"
             )
     return 0
 
@@ -366,13 +400,18 @@ def default_sampling() -> Any:
 
 
 def template_value(text: str) -> tuple[str, Any]:
-    """``enable_thinking=false`` -> a variable of the chat template."""
+    """``enable_thinking=false`` -> a variable of the chat template; what JSON has no word for (a date) stays text."""
     import yaml
 
-    name, equals, value = text.partition("=")
+    name, equals, written = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"--template {text}: expected NAME=VALUE, e.g. --template enable_thinking=false")
-    return name, yaml.safe_load(value)
+    try:
+        value = yaml.safe_load(written)
+        json.dumps(value, allow_nan=False)
+    except (yaml.YAMLError, TypeError, ValueError):
+        value = written
+    return name, value
 
 
 def say(world: World, text: str) -> None:
@@ -429,7 +468,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument("--min-pixels", type=at_least(1), help="smallest image area after resizing")
     how.add_argument("--max-pixels", type=at_least(1), help="largest image area after resizing")
-    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--seed", type=at_least(0), default=0, help="of answers that are sampled")
     score = parser.add_argument_group("how to score")
     score.add_argument(
         "--profile",
@@ -441,7 +480,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--verifier", default="math", help="for rows of --data that name none (default %(default)s)"
     )
     score.add_argument(
-        "--judge", metavar="URL", help="OpenAI-compatible server of a judge, where a benchmark needs one"
+        "--judge",
+        metavar="URL",
+        help="OpenAI-compatible server of a judge, for rows of --data with verifier: judge (or with --verifier judge)",
     )
     score.add_argument("--judge-model", help="its model; default: the only one it serves")
     score.add_argument("--judge-api-key-env", metavar="NAME", help="environment variable with its API key")

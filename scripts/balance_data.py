@@ -5,15 +5,17 @@
     deepspeed scripts/balance_data.py RECIPE --out FOLDER              all local devices
     deepspeed scripts/train_mm.py RECIPE data.train=FOLDER/manifest.jsonl
 
-The recipe's student answers every prompt of data.train 8 times (temperature 1, top-p 0.95, top-k 50), and the recipe's
-verifiers check the answers: a prompt's pass count, 0 to 8, is its difficulty.  Where the histogram of pass counts is
-U-shaped (many prompts never solved, many always), the prompts between are repeated, up to 5 times an epoch, until their
-bins hold 0.95 of the largest one; where it falls from 0 to 8 (a mirrored J), all that are ever solved.  Nothing is
-filtered.  A prompt with an answer whose outcome is unknown stays in once, and is counted apart.
+The recipe's student answers every prompt of data.train 8 times (temperature 1, top-p 0.95, top-k
+50), and the recipe's verifiers check the answers: a prompt's pass count, 0 to 8, is its difficulty.
+Where the histogram of pass counts is U-shaped (many prompts never solved, many always), the prompts
+between are repeated, up to 5 times an epoch, until their bins hold 0.95 of the largest one; where it
+falls from 0 to 8 (a mirrored J), all that are ever solved.  Nothing is filtered.  A prompt with an
+answer whose outcome is unknown stays in once, and is counted apart.
 
-FOLDER gets manifest.jsonl (rows, repeats and pass counts; no row or image is copied), histogram.png and samples/, every
-answer as soon as it is there: the same command goes on where an earlier one was stopped, and asks again for no answer
-that it has.  Where the recipe has a rollout.server, those servers answer; they must serve the recipe's student.
+FOLDER gets manifest.jsonl (rows, repeats and pass counts; no row or image is copied), histogram.png
+and samples/, every answer as soon as it is there: the same command goes on where an earlier one was
+stopped, and asks again for no answer that it has.  Where the recipe has a rollout.server, those
+servers answer; they must serve the recipe's student.
 """
 
 from __future__ import annotations

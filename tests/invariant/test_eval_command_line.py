@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 from launching import ROOT, environment, free_port, metrics, train, write_recipe, write_rows
+from PIL import Image
 
 from uniopd_mm.errors import ConfigError, DataError
 from uniopd_mm.processors import get_processor
@@ -172,6 +175,38 @@ def test_ranks_share_the_prompts_and_give_the_same_answers(
     assert mine == other
 
 
+def test_ranks_end_with_their_launcher(asked: list[str], tmp_path: Path) -> None:
+    """Killed, it leaves them running: they stop by themselves, and the same command can go on."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
+    process = subprocess.Popen(
+        [
+            *(*launcher, "--master_port", str(free_port()), str(SCRIPT), *asked),
+            *("--samples", "400", "--out", str(tmp_path)),
+        ],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    files = tmp_path / "quickstart" / "state"
+    wait_until(lambda: len([f for f in files.glob("*/rank_*") if f.stat().st_size]) == 2, process)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while any(map(is_locked, files.glob("*/rank_*"))):
+        assert time.monotonic() < end, "the ranks go on without their launcher"
+        time.sleep(0.1)
+    assert sum(path.read_bytes().count(b"\n") for path in files.glob("*/rank_*")) < N_ROWS * 400
+
+
+def is_locked(path: Path) -> bool:
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def test_other_settings_never_mix_and_limit_and_n_only_select(
     whole: Path, asked: list[str], command: Command, tmp_path: Path
 ) -> None:
@@ -236,6 +271,29 @@ def test_own_rows_are_a_benchmark_too(
     assert str(tmp_path / "profile_strict") in again
 
 
+def test_a_row_or_a_picture_that_has_changed_is_asked_again_and_no_other(
+    source: Path, tiny_models: Mapping[str, Path], command: Command, tmp_path: Path
+) -> None:
+    """Also behind a mixture, whose own file stays the same."""
+    folder = tmp_path / "data"
+    shutil.copytree(source / "quickstart", folder)
+    (folder / "mixture.yaml").write_text("sources:\n- {path: rows.jsonl, verifier: exact}\n")
+    model = ("--model", tiny_models["llava"], "--dtype", "float32", "--max-new-tokens", 3)
+    asked = (*model, "--data", folder / "mixture.yaml", "--limit", 6, "--out", tmp_path / "out")
+    command(*asked)
+    rows = lines(folder / "rows.jsonl")
+    first = next(i for i, row in enumerate(rows) if row["images"])
+    Image.new("RGB", (31, 17), "green").save(folder / rows[first]["images"][0])
+    shown = sum(rows[first]["images"][0] in row["images"] for row in rows[:6])
+    mute = next(row for row in rows[:6] if not row["images"])
+    mute["messages"][-1]["content"][-1]["text"] += " ?"
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"id": "z"}])
+    )
+    assert f"{6 - shown - 1} of 6 answers are there already" in command(*asked)
+    assert "6 of 6 answers are there already" in command(*asked)
+
+
 def test_evaluation_alone_gives_what_training_reported(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     recipe = write_recipe(tmp_path, tiny_models, steps=2)
     run = train(recipe, "eval.every=2")
@@ -288,7 +346,7 @@ def test_servers_answer_in_place_of_the_weights(
     said = command(*asked, "--server", server.url, "--server-kind", "vllm_text", "--out", tmp_path / "out")
     assert server.url in said and "100.0" in said and "5 x 3" in said
     settings = json.loads((tmp_path / "out" / "rows" / "settings.json").read_text())
-    assert settings["sampled"]["engine"] == "vllm_text"
+    assert settings["sampled"]["engine"] == "vllm_text" and settings["sampled"]["served"]
 
 
 @pytest.mark.parametrize(
@@ -305,6 +363,7 @@ def test_servers_answer_in_place_of_the_weights(
         ("--model m --data nowhere.jsonl --template thinking", "NAME=VALUE"),
         ("--score-only nowhere", "nowhere is no samples.jsonl"),
         ("--compare nowhere elsewhere", "no evaluation"),
+        ("--model m --tasks aime25 --verifier judge", "--judge URL"),
         ("--model m --tasks aime25 --reference Qwen3-VL-4B-Instrct", "Did you mean 'Qwen3-VL-4B-Instruct'"),
         ("--model m --tasks aime25 --out README.md/x", "cannot write to README.md/x: Not a directory.*--out"),
     ],

@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from uniopd_mm.evaluation.results import Scored, means, repeated, summarise_benc
 from uniopd_mm.evaluation.samples import Sample
 from uniopd_mm.evaluation.statistics import bootstrap_interval, compare, mcnemar, sign_flip
 from uniopd_mm.evaluation.tables import comparison_table, result_table
-from uniopd_mm.evaluation.tasks import Task, changed_preset, mean_by_domain
+from uniopd_mm.evaluation.tasks import Task, changed_preset, mean_by_domain, own_benchmark
 from uniopd_mm.rollout import Outcome
 
 RIGHT, WRONG = Outcome(True, 1.0, "7"), Outcome(False, 0.0, "8")
@@ -73,10 +74,17 @@ def task(ids: list[str], **more: Any) -> Task:
 
 
 def write_run(
-    out: Path, outcomes: Mapping[str, list[Outcome]], profile: str = "strict", model: str = "one"
+    out: Path,
+    outcomes: Mapping[str, list[Outcome]],
+    profile: str = "strict",
+    model: str = "one",
+    verifier: str = "math",
+    digest: str = "",
+    answer: str = "7",
 ) -> Path:
     made = {"sampled": {"model": {"path": model}, "sampling": {"top_k": 0}}, "run": {"profile": profile}}
-    write_task(out / "bench", task(list(outcomes)), made, scored(outcomes), ["math"] * len(outcomes))
+    of = replace(task(list(outcomes), answer=answer), digests=dict.fromkeys(outcomes, digest))
+    write_task(out / "bench", of, made, scored(outcomes), [verifier] * len(outcomes))
     return out
 
 
@@ -187,6 +195,50 @@ def test_runs_made_in_different_ways_are_compared_only_by_force(tmp_path: Path) 
     assert compare_runs(one, two, force=True)["bench"].difference.mean == 0.5
     with pytest.raises(ConfigError, match="no evaluation"):
         compare_runs(one, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"verifier": "exact"}, "verifier: exact -> math"),
+        ({"digest": "0123"}, "another question or picture in 2 of 2 rows"),
+        ({"answer": "8"}, "another gold answer in 2 of 2 rows"),
+    ],
+)
+def test_rows_that_are_not_the_same_are_compared_only_by_force(
+    change: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    outcomes = {"a": [WRONG], "b": [RIGHT]}
+    one, two = write_run(tmp_path / "one", outcomes, **change), write_run(tmp_path / "two", outcomes)
+    with pytest.raises(ConfigError, match=message):
+        compare_runs(one, two)
+    assert compare_runs(one, two, force=True)["bench"].difference.n == 2
+
+
+def test_a_comparison_counts_unknown_answers_which_look_like_wrong_ones(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", {"a": [UNKNOWN, UNKNOWN], "b": [RIGHT], "only here": [UNKNOWN]})
+    two = write_run(tmp_path / "two", {"a": [RIGHT], "b": [UNKNOWN]})
+    found = compare_runs(one, two)["bench"]
+    assert (found.unknown_first, found.unknown_second, found.difference.mean) == (2, 1, 0.0)
+
+
+def test_rows_without_an_answer_are_said_to_be_in_no_number() -> None:
+    rows = [{"question": id} for id in "abc"]
+    found = summarise_benchmark(benchmark(), rows, [prompt(id) for id in "abc"], scored({"a": [RIGHT]}))
+    assert found["score"] == 1.0 and found["notes"] == ["2 of 3 rows have no answer and are in no number"]
+
+
+def test_results_are_json_for_every_reader_whatever_a_reason_holds(tmp_path: Path) -> None:
+    strange = Outcome(None, reason="half \ud83d pair \u2028")
+    write_results(tmp_path, {"out": "caf\udce9"}, {"bench": summary({"a": [strange]})}, {})
+    text = (tmp_path / "results.json").read_text(encoding="utf-8")
+    assert json.loads(text)["results"]["bench"]["unknown_reasons"] == {strange.reason: 1}
+
+
+def test_own_rows_are_in_no_mean_with_the_quickstart() -> None:
+    own, quick = own_benchmark("mine"), get_benchmark("quickstart")
+    found = [{"domain": one.domain, "score": 0.5} for one in (own, quick)]
+    assert means(dict(zip("ab", found, strict=True))) == {"all benchmarks": 0.5}
 
 
 def test_a_table_shows_every_number_and_the_mean_of_a_domain() -> None:

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from uniopd_mm.errors import DataError, ResumeError
 from uniopd_mm.evaluation import evaluate
 from uniopd_mm.evaluation.generate import ROOM_STEP, answer_tokens, generate, prompt_slot, score
-from uniopd_mm.evaluation.samples import Sample, SampleStore, different, settings_hash, write_whole
+from uniopd_mm.evaluation.samples import (
+    Sample,
+    SampleStore,
+    different,
+    read_samples,
+    settings_hash,
+    write_whole,
+)
+from uniopd_mm.evaluation.tasks import prompt_digest
 from uniopd_mm.verifiers import VerifierPool
 
 SETTINGS = {"temperature": 1.0}
@@ -75,6 +83,50 @@ def test_other_settings_have_other_samples_and_the_old_ones_stay(tmp_path: Path)
         assert store.others() == {old: SETTINGS}
     with SampleStore(tmp_path, SETTINGS) as store:
         assert not store.missing("bench", ["row0"], 1)
+
+
+def test_an_answer_to_a_prompt_that_has_changed_is_not_used_and_stays(tmp_path: Path) -> None:
+    with SampleStore(tmp_path, SETTINGS, prompts={"a": "old", "b": "same"}) as store:
+        store.append([sample("a", text="to the old one"), sample("b")])
+    now = {"a": "new", "b": "same"}
+    with SampleStore(tmp_path, SETTINGS, prompts=now) as store:
+        assert store.missing("bench", ["a", "b"], 1) == {"a": [0]}
+        store.append([sample("a", text="to the new one")])
+    with SampleStore(tmp_path, SETTINGS, prompts=now) as store:
+        assert [s.text for s in store.samples("bench", ["a", "b"], 1)] == ["to the new one", "7"]
+    with SampleStore(tmp_path, SETTINGS, prompts={"a": "old"}) as store:
+        assert [s.text for s in store.samples("bench", ["a"], 1)] == ["to the old one"]
+
+
+def test_a_prompt_is_told_by_its_turns_and_pictures_not_by_its_gold_or_id(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"one picture")
+    made = prompt("a", images=(path,))
+    digest = prompt_digest(made)
+    assert digest == prompt_digest(prompt("b", answer="8", images=(path,)))
+    assert digest != prompt_digest(prompt("a", text="how many ? ", images=(path,)))
+    assert prompt_digest(prompt("a", images=(b"xy", b"z"))) != prompt_digest(
+        prompt("a", images=(b"x", b"yz"))
+    )
+    path.write_bytes(b"two pictures")
+    assert digest != prompt_digest(made)
+
+
+def test_saved_answers_count_once_and_an_error_less_than_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+
+    def read(*lines: dict) -> list[tuple[str, int, str]]:
+        path.write_text("".join(json.dumps({"benchmark": "bench", **line}) + "\n" for line in lines))
+        return [(s.id, s.index, s.text) for s in read_samples(path)]
+
+    lost = {"id": "a", "index": 0, "text": "", "error": "the server is down"}
+    answer = {"id": "a", "index": 0, "text": "7"}
+    assert read(lost, answer) == read(answer, lost) == read(answer, answer) == [("a", 0, "7")]
+    assert read({"id": "a", "text": "7"}, {"id": "a", "text": "8"}) == [("a", 0, "7"), ("a", 1, "8")]
+    with pytest.raises(DataError, match=r"jsonl:2: another answer 0 to a"):
+        read(answer, answer | {"text": "8"})
+    with pytest.raises(DataError, match=r"jsonl:1: not a sample"):
+        read({"id": "a", "text": None})
 
 
 def test_a_sample_of_other_settings_in_the_file_is_refused_with_its_line(tmp_path: Path) -> None:

@@ -428,6 +428,11 @@ def test_a_line_that_is_not_utf8_is_bad(tmp_path):
     assert bad.source == f"{path}:1" and "UTF-8" in bad.reason
 
 
+def test_half_of_a_surrogate_pair_is_bad(tmp_path):
+    assert "surrogate" in reason(tmp_path, ask("How many \ud83d?"))
+    assert "surrogate" in reason(tmp_path, ask() | {"answer": "\ude00"})
+
+
 def test_missing_messages_are_bad(tmp_path):
     text = reason(tmp_path, {"query": "2 + 2?", "answer": "4"})
     assert "no messages, conversations or question" in text and "its columns: query, answer" in text

@@ -68,8 +68,8 @@ class Benchmark:
     """As typed: ``chartqa``."""
     title: str
     """As printed: ``ChartQA``."""
-    domain: Literal["text_math", "code", "image_math", "image_logic", "chart_document", "quickstart"]
-    """The paper's five domains, and our own."""
+    domain: Literal["text_math", "code", "image_math", "image_logic", "chart_document", "quickstart", "own"]
+    """The paper's five domains, ours, and rows of one's own."""
     sources: tuple[Source, ...]
     columns: tuple[str, ...]
     """Columns that every row must have."""

@@ -21,6 +21,7 @@ from uniopd_mm.errors import ConfigError, DataError
 from uniopd_mm.evaluation.results import Scored, units
 from uniopd_mm.evaluation.samples import write_whole
 from uniopd_mm.evaluation.tasks import Task
+from uniopd_mm.rollout import Prompt
 
 SCHEMA_VERSION = 1
 GOLD_CHARS = 2000
@@ -51,7 +52,7 @@ def write_results(out: Path, settings: Mapping[str, Any], results: Mapping[str, 
         "means": means,
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "results.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_whole(out / "results.json", json.dumps(content, indent=2) + "\n")
 
 
 def write_task(
@@ -61,12 +62,16 @@ def write_task(
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
     write_whole(folder / "samples.jsonl", _lines(asdict(one.sample) for one in scored))
-    unit = {p.id: u for p, u in zip(task.prompts, units(task.benchmark, task.rows), strict=True)}
-    prompts = {p.id: (p, name) for p, name in zip(task.prompts, verifiers, strict=True)}
-    write_whole(
-        folder / "scores.jsonl",
-        _lines(_score_line(one, unit[one.sample.id], *prompts[one.sample.id]) for one in scored),
-    )
+    about = {
+        prompt.id: {
+            "unit": unit,
+            "gold": _cut_gold(prompt),
+            "verifier": name,
+            "prompt": task.digests.get(prompt.id, ""),
+        }
+        for prompt, unit, name in zip(task.prompts, units(task.benchmark, task.rows), verifiers, strict=True)
+    }
+    write_whole(folder / "scores.jsonl", _lines(_score_line(one) | about[one.sample.id] for one in scored))
 
 
 def read_scores(run: Path) -> dict[str, list[dict[str, Any]]]:
@@ -85,20 +90,20 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _score_line(one: Scored, unit: str, prompt: Any, verifier: str) -> dict[str, Any]:
-    gold = prompt.answer if isinstance(prompt.answer, list) else (prompt.answer or "")[:GOLD_CHARS]
+def _score_line(one: Scored) -> dict[str, Any]:
     return {
         "benchmark": one.sample.benchmark,
         "id": one.sample.id,
         "index": one.sample.index,
-        "unit": unit,
         "correct": one.outcome.correct,
         "score": one.score,
         "extracted": one.outcome.extracted,
         "reason": one.outcome.reason,
-        "gold": gold,
-        "verifier": verifier,
     }
+
+
+def _cut_gold(prompt: Prompt) -> str | list[str]:
+    return prompt.answer if isinstance(prompt.answer, list) else (prompt.answer or "")[:GOLD_CHARS]
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -111,7 +111,7 @@ def score(
 
 def prompt_slot(id: str) -> int:
     """62 bits that stand for a prompt: its random numbers are the same whatever is evaluated beside it."""
-    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8]) >> 2
+    return int.from_bytes(hashlib.sha256(id.encode("utf-8", "surrogatepass")).digest()[:8]) >> 2
 
 
 def _batches(prompts: Sequence[Prompt], processor: VLMProcessor, batch: int) -> Iterator[list[Prompt]]:

@@ -69,7 +69,8 @@ def summarise_benchmark(
         numbers = dict(benchmark.aggregate(rows, scores))
     states = Counter(one.state for one in scored)
     answered = [one.sample for one in scored if not one.sample.error]
-    n = len(scored)
+    n, n_silent = len(scored), sum(not some for some in grouped)
+    silent = [f"{n_silent} of {len(rows)} rows have no answer and are in no number"] if n_silent else []
     score = numbers.pop("score", None)
     return {
         "title": benchmark.title,
@@ -85,7 +86,7 @@ def summarise_benchmark(
         "truncated": sum(sample.finish == "length" for sample in answered) / n if n else None,
         "tokens": sum(sample.n_tokens for sample in answered) / len(answered) if answered else None,
         "more": {**repeated(grouped), **numbers},
-        "notes": [str(note.message) for note in notes],
+        "notes": [*silent, *(str(note.message) for note in notes)],
         "unknown_reasons": dict(
             Counter(_reason(one) for one in scored if one.state == "unknown").most_common(5)
         ),

@@ -1,7 +1,8 @@
 """Sampled answers on disk: the log of every sample is what an interrupted run goes on from.
 
 ``FOLDER/HASH/rank_0000.jsonl`` holds one line per sample, in the order they got done; HASH stands for everything that
-changes what is sampled (``settings.json`` beside it), so that answers of other settings are never mixed.
+changes what is sampled (``settings.json`` beside it), so that answers of other settings are never mixed.  Each line also
+has a digest of its prompt: an answer to a row that has changed since is not used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -71,8 +73,16 @@ class SampleStore:
     appended, and after :meth:`refresh` everything.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], rank: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        rank: int = 0,
+        prompts: Mapping[str, str] | None = None,
+    ) -> None:
+        """``prompts``: a digest of every prompt by id; None = an id always stands for the same prompt."""
         self.root, self.settings, self.hash = Path(folder), dict(settings), settings_hash(settings)
+        self._prompts = dict(prompts or {})
         self.folder = self.root / self.hash
         self.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
@@ -101,9 +111,9 @@ class SampleStore:
         """Read what all ranks have written so far; an answer counts more than an error."""
         self._samples.clear()
         for path in sorted(self.folder.glob("rank_*.jsonl")):
-            for sample in _read(path, self.hash):
+            for sample, prompt in _read(path, self.hash):
                 known = self._samples.get(sample.key)
-                if known is None or known.error:
+                if prompt == self._prompt(sample.id) and (known is None or known.error):
                     self._samples[sample.key] = sample
 
     def missing(self, benchmark: str, ids: Iterable[str], n: int) -> dict[str, list[int]]:
@@ -113,7 +123,8 @@ class SampleStore:
 
     def append(self, samples: Sequence[Sample]) -> None:
         """Write samples in one go: a process that is killed leaves all of them, or a last line that is cut."""
-        lines = [json.dumps({"settings": self.hash, **asdict(s)}, ensure_ascii=False) for s in samples]
+        about = ({"settings": self.hash, "prompt": self._prompt(s.id)} for s in samples)
+        lines = [json.dumps(a | asdict(s), ensure_ascii=False) for a, s in zip(about, samples, strict=True)]
         data = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
         with writing(self.path):
             while data:
@@ -132,6 +143,9 @@ class SampleStore:
             if path.parent != self.folder and any(path.parent.glob("rank_*.jsonl")):
                 found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
         return found
+
+    def _prompt(self, id: str) -> str:
+        return self._prompts.get(id, "")
 
     def _answered(self, key: Key) -> bool:
         sample = self._samples.get(key)
@@ -155,23 +169,38 @@ class SampleStore:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples of a ``samples.jsonl``; of each line only ``benchmark``, ``id`` and ``text`` are needed."""
-    samples = []
+    """The samples of a ``samples.jsonl``, each once; an answer counts more than an error.
+
+    Of each line only ``benchmark``, ``id`` and ``text`` are needed; answers without an ``index`` are numbered.
+    """
+    samples: dict[Key, Sample] = {}
+    n_answers: Counter[tuple[Any, Any]] = Counter()
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = {"index": 0, "finish": "stop", "n_tokens": 0, "error": "", **json.loads(line)}
-                samples.append(Sample(**{name: row[name] for name in _NAMES}))
+                row = {"finish": "stop", "n_tokens": 0, "error": "", **json.loads(line)}
+                row.setdefault("index", n_answers[row["benchmark"], row["id"]])
+                sample = Sample(**{name: row[name] for name in _NAMES})
+                if not (isinstance(sample.text, str) and isinstance(sample.index, int)):
+                    raise TypeError("text is a string, and index a number")
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{path}:{number}: not a sample ({type(error).__name__}: {error}); expected one JSON object a line "
                     "with benchmark, id and text."
                 ) from error
-    return samples
+            n_answers[sample.benchmark, sample.id] += 1
+            known = samples.get(sample.key, sample)
+            if known.text != sample.text and not (known.error or sample.error):
+                raise DataError(
+                    f"{path}:{number}: another answer {sample.index} to {sample.id}. Remove one, or number them: index"
+                )
+            if sample.key not in samples or known.error:
+                samples[sample.key] = sample
+    return list(samples.values())
 
 
-def _read(path: Path, wanted: str) -> Iterator[Sample]:
-    """The samples of one file; a last line without an end is of a run that was killed or still writes."""
+def _read(path: Path, wanted: str) -> Iterator[tuple[Sample, str]]:
+    """The samples of one file, each with the digest of its prompt; a last line without an end is of a run that was killed or still writes."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -188,7 +217,7 @@ def _read(path: Path, wanted: str) -> Iterator[Sample]:
                 raise DataError(
                     f"{path}:{number}: a sample of settings {row.get('settings')} among those of {wanted}. Remove the line."
                 )
-            yield sample
+            yield sample, row.get("prompt", "")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from uniopd_mm.evaluation.progress import ProgressLine
 from uniopd_mm.evaluation.results import Scored, summarise_benchmark
 from uniopd_mm.evaluation.samples import Sample, SampleStore, different
 from uniopd_mm.evaluation.tasks import LISTED, MAX_BAD_SHARE, Task, data_task, load_task
+from uniopd_mm.processors import ProcessorError
 
 if TYPE_CHECKING:
     from typing import Self
@@ -67,13 +67,6 @@ class Request:
             return data_task(self.data, self.preset)
         return load_task(self.benchmark, self.preset, self.profile, self.source, self.split)
 
-    def sampled(self, task: Task) -> dict[str, Any]:
-        """What of the request changes the samples."""
-        rows = None
-        if self.data is not None and self.data.is_file():
-            rows = hashlib.sha256(self.data.read_bytes()).hexdigest()[:12]
-        return {**task.sample_settings(), "split": self.split, "rows": rows}
-
     def described(self) -> dict[str, Any]:
         """What else must be known to score the samples again."""
         return {
@@ -98,14 +91,18 @@ class Answerer:
         batch: int = 64,
         seed: int = 0,
         fresh: bool = False,
+        stop_reason: Callable[[], str] = lambda: "",
     ) -> None:
+        """``stop_reason``: asked whenever answers are done; "" = go on."""
         self.model, self.world, self.server = model, world, server
-        self.batch, self.seed, self.fresh = batch, seed, fresh
+        self.batch, self.seed, self.fresh, self.stop_reason = batch, seed, fresh, stop_reason
         self.report = ""
         """What answers, for people."""
         self._stack = ExitStack()
         self._engine: Engine
         self._processor: VLMProcessor
+        self._served: str | None = None
+        """What servers call the model that they have."""
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -114,6 +111,8 @@ class Answerer:
                     self._load()
                 else:
                     self._connect(stack)
+            except ProcessorError as error:
+                raise ConfigError(str(error)) from error
             except OSError as error:  # what transformers raises for a name or folder that it cannot load
                 reason = " ".join(str(error).split())[:300]
                 raise ConfigError(
@@ -141,9 +140,10 @@ class Answerer:
 
         assert self.server is not None
         self._processor = load_processor(self.model)
-        self._engine = stack.enter_context(ServerEngine(self.server, self._processor, where="--server"))
-        self._engine.connect()
-        self.report = f"{self.model.model}: {self._engine.report}"
+        engine = stack.enter_context(ServerEngine(self.server, self._processor, where="--server"))
+        engine.connect()
+        self._engine, self._served = engine, engine.model
+        self.report = f"{self.model.model}: {engine.report}"
 
     def parts(self) -> tuple[Engine, VLMProcessor]:
         """The engine and the processor, for others who ask."""
@@ -153,12 +153,13 @@ class Answerer:
         """What of the model changes the samples."""
         return {
             "model": model_identity(self.model),
-            "dtype": self.model.dtype,
+            "dtype": self.model.dtype if self.server is None else None,
             "engine": "local" if self.server is None else self.server.kind,
+            "served": self._served,
             "min_pixels": self.model.min_pixels,
             "max_pixels": self.model.max_pixels,
             "template": {**preset.template, **self.model.template},
-            "seed": self.seed,
+            "seed": self.seed if preset.sampling.temperature else None,
         }
 
     def answer(self, task: Task, request: Request) -> tuple[dict[str, Any], list[Sample]]:
@@ -167,14 +168,14 @@ class Answerer:
         is_full = context is not None and longest >= context
         settings = {
             **self.settings(task.preset),
-            **request.sampled(task),
+            **task.sample_settings(),
             "context": context if is_full else None,
         }
         root, ids = request.folder / "state", [prompt.id for prompt in task.prompts]
         if self.fresh and self.world.is_main:
             set_aside(root, settings)
         self.world.barrier()
-        with SampleStore(root, settings, self.world.rank) as store:
+        with SampleStore(root, settings, self.world.rank, task.digests) as store:
             if self.world.is_main:
                 if is_full:
                     more = "; for more, start the server with room for it" if self.server else ""
@@ -183,6 +184,13 @@ class Answerer:
                     )
                 self._say_known(store, task, ids)
             with ProgressLine(task.name, shown=self.world.is_main) as progress:
+
+                def show(done: int, total: int) -> None:
+                    reason = self.stop_reason()
+                    if reason:
+                        raise UniOPDError(f"stopped ({reason}); the same command goes on from here")
+                    progress(done, total)
+
                 generate(
                     self._engine,
                     self._processor.with_template(task.preset.template),
@@ -194,7 +202,7 @@ class Answerer:
                     store,
                     self.world,
                     batch=self.batch if self.server is None else max(self.batch, SERVER_BATCH),
-                    progress=progress,
+                    progress=show,
                 )
             return settings, store.samples(task.name, ids, task.preset.n)
 
@@ -237,10 +245,15 @@ def check_golds(task: Task, verifiers: VerifierPool, world: World) -> list[str]:
 def score_task(task: Task, samples: Sequence[Sample], verifiers: VerifierPool, world: World) -> list[Scored]:
     """Outcomes of all samples, on every rank; the ranks share the work."""
     known = {prompt.id for prompt in task.prompts}
+    n_given = len(samples)
     samples = [sample for sample in samples if sample.id in known]
     if not samples:
         raise ConfigError(
             f"no sample of {task.name} belongs to a row that is evaluated. Other --limit or --split?"
+        )
+    if len(samples) < n_given and world.is_main:
+        print(
+            f"  {n_given - len(samples)} of {n_given} answers belong to none of these rows and are not scored"
         )
     mine = world.share(len(samples))
     with (

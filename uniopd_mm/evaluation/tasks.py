@@ -6,14 +6,15 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from uniopd_mm.errors import ConfigError, DataError
 from uniopd_mm.evaluation.benchmark import Benchmark, Preset, Profile, Row, Scores, mean_score
 from uniopd_mm.evaluation.loading import load_rows
+from uniopd_mm.prompts.images import image_source
+from uniopd_mm.prompts.manifest import file_samples
 from uniopd_mm.rollout import Prompt
 from uniopd_mm.settings import from_options
 
@@ -26,14 +27,13 @@ LISTED = 5
 class RowImage:
     """A picture of a row that stays on disk, read when it is opened."""
 
-    rows: Sequence[Row]
-    index: int
-    read: Callable[[Row], Prompt]
+    prompt: Callable[[], Prompt]
+    """Reads the row."""
     number: int
-    """Which of the row's pictures."""
+    """Which of its pictures."""
 
     def __call__(self) -> Any:
-        return self.read(self.rows[self.index]).images[self.number]
+        return self.prompt().images[self.number]
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,20 @@ class Task:
     prompts: Sequence[Prompt]
     left_out: tuple[str, ...] = ()
     """Why rows could not be used."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of what each prompt, by its id, shows to a model: :func:`prompt_digest`."""
 
     @property
     def name(self) -> str:
         return self.benchmark.name
 
     def sample_settings(self) -> dict[str, Any]:
-        """What of the task changes the samples.  The first prompt stands for how rows are made into prompts."""
+        """What of the task, beside its prompts, changes the samples."""
         return {
             "benchmark": self.name,
             "sampling": self.preset.sampling.model_dump(mode="json"),
             "prompt": self.preset.prompt,
             "system": self.preset.system,
-            "first_prompt": _digest(self.prompts[0]),
         }
 
 
@@ -71,8 +72,11 @@ def load_task(
 ) -> Task:
     """The benchmark's rows as prompts with golds; DataError when more than 1 % of them cannot be used."""
     rows = load_rows(benchmark, source, split, preset.limit)
-    read = partial(benchmark.read, preset=preset, profile=profile)
-    used, prompts, bad = [], [], []
+
+    def read(row: Row) -> Prompt:
+        return benchmark.read(row, preset, profile)
+
+    used, prompts, digests, bad = [], [], [], []
     for index in range(len(rows)):
         try:
             row = rows[index]
@@ -80,16 +84,44 @@ def load_task(
         except DataError as error:
             bad.append(f"row {index + 1}: {error}")
             continue
+        digests.append(prompt_digest(prompt))
         if not isinstance(rows, list):
-            images = (RowImage(rows, index, read, number) for number in range(len(prompt.images)))
-            prompt, row = replace(prompt, images=tuple(images)), without_bytes(row)
+            prompt = images_on_disk(prompt, lambda index=index: read(rows[index]))
+            row = without_bytes(row)
         prompts.append(prompt)
         used.append(row)
     if len(bad) > MAX_BAD_SHARE * len(rows):
         more = [f"... and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
         lines = [f"{len(bad)} of {len(rows)} rows of {benchmark.title} cannot be used:", *bad[:LISTED], *more]
         raise DataError("\n  ".join(lines))
-    return Task(benchmark, preset, used, number_repeats(prompts), tuple(bad))
+    prompts = number_repeats(prompts)
+    return Task(benchmark, preset, used, prompts, tuple(bad), _by_id(prompts, digests))
+
+
+def prompt_digest(prompt: Prompt) -> str:
+    """16 hexadecimal digits of what a model is shown: the turns, and the pictures (files by size and samples)."""
+    digest = hashlib.sha256(json.dumps(prompt.messages, sort_keys=True).encode())
+    for image in map(image_source, prompt.images):
+        if isinstance(image, Path):
+            content = file_samples(image)
+        elif isinstance(image, str):
+            content = image.encode()
+        else:
+            content = image if isinstance(image, bytes) else image.tobytes()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
+
+
+def images_on_disk(prompt: Prompt, read: Callable[[], Prompt]) -> Prompt:
+    """The prompt without the bytes of its pictures; ``read`` makes it again when one is opened."""
+    images = (
+        image if isinstance(image, Path) else RowImage(read, k) for k, image in enumerate(prompt.images)
+    )
+    return replace(prompt, images=tuple(images))
+
+
+def _by_id(prompts: Sequence[Prompt], digests: Sequence[str]) -> dict[str, str]:
+    return {prompt.id: digest for prompt, digest in zip(prompts, digests, strict=True)}
 
 
 def without_bytes(value: Any) -> Any:
@@ -118,10 +150,14 @@ def data_task(path: Path, preset: Preset) -> Task:
     from uniopd_mm.verifiers import verifier_names
 
     found = load_prompts(str(path), verifiers=verifier_names())
-    n = min(preset.limit or len(found), len(found))
-    prompts = [found[i] for i in range(n)]  # images stay where they are
+    prompts, digests = [], []
+    for i in range(min(preset.limit or len(found), len(found))):
+        prompt = found[i]
+        digests.append(prompt_digest(prompt))
+        prompts.append(images_on_disk(prompt, lambda i=i: found[i]))
     rows = [{"id": prompt.id, "domain": prompt.domain} for prompt in prompts]
-    return Task(own_benchmark(path.stem), preset, rows, prompts, tuple(map(str, found.bad_rows)))
+    left_out = tuple(map(str, found.bad_rows))
+    return Task(own_benchmark(path.stem), preset, rows, prompts, left_out, _by_id(prompts, digests))
 
 
 def own_benchmark(name: str) -> Benchmark:
@@ -129,7 +165,7 @@ def own_benchmark(name: str) -> Benchmark:
     return Benchmark(
         name=name,
         title=name,
-        domain="quickstart",
+        domain="own",
         sources=(),
         columns=("id", "domain"),
         presets={},
@@ -170,8 +206,3 @@ def changed_preset(preset: Preset, changes: Mapping[str, Any]) -> Preset:
 
 def _no_rows(row: Row, preset: Preset, profile: Profile) -> Prompt:
     raise NotImplementedError("rows of one's own are read by load_prompts")
-
-
-def _digest(prompt: Prompt) -> str:
-    text = json.dumps([prompt.id, prompt.messages], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]

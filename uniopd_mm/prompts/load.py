@@ -184,7 +184,7 @@ def bad_row_report(bad: Sequence[BadRow], n_bad: int, n_rows: int, max_bad_share
     lines += [str(row) for row in bad[:LISTED]]
     if len(bad) > LISTED:
         lines.append(f"... and {len(bad) - LISTED} more")
-    lines.append("Repair or remove these rows, or raise data.max_bad_share.")
+    lines.append("Repair or remove these rows; a recipe may raise data.max_bad_share.")
     return "\n  ".join(lines)
 
 

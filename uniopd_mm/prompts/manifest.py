@@ -124,11 +124,11 @@ def row_digest(source: Source, row: Row, index: int) -> str:
         images = ()
     for image in images:
         if isinstance(image, Path):
-            digest.update(_file_samples(image))
+            digest.update(file_samples(image))
     return digest.hexdigest()[:16]
 
 
-def _file_samples(path: Path) -> bytes:
+def file_samples(path: Path) -> bytes:
     """Size and up to 64 KiB from all over a file; nothing for one that cannot be read."""
     try:
         with open(path, "rb") as file:

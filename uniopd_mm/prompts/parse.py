@@ -30,6 +30,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "ass
 # LLaVA writes the marker on a line of its own; the line break belongs to the marker, chat templates set their own.
 _MARKER = re.compile(rf"\n?{MARKER}\Z|{MARKER}\n?")
 _FIELD = re.compile(r"\{\{([^{}\n]+)\}\}|\{([^{}\n]+)\}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _EMPTY = object()
 
 
@@ -106,6 +107,11 @@ def check_prompt(prompt: Prompt, known: Known) -> list[str]:
             problems.append(
                 f"image {k} of {len(prompt.images)}: no such file: {str(image)[:200]} (set image_root?)"
             )
+    texts = [prompt.id, prompt.messages, prompt.image_text, prompt.answer]
+    if _SURROGATE.search(json.dumps(texts, ensure_ascii=False, default=str)):
+        problems.append(
+            "text with half of a surrogate pair, which no tokenizer reads (a character cut in two?)"
+        )
     if known.domains is not None and prompt.domain not in known.domains:
         problems.append(
             f"unknown domain '{prompt.domain}'; teachers serve: {', '.join(sorted(known.domains))}"

@@ -63,7 +63,8 @@ class JudgeVerifier(Verifier):
         super().__init__(config, profile)
         if config.judge is None:
             raise ConfigError(
-                "verifier 'judge' needs a model that judges; set e.g. verifier.judge.url=http://localhost:8000"
+                "verifier 'judge' needs a model that judges; set e.g. verifier.judge.url=http://localhost:8000 (in an evaluation "
+                "--judge http://localhost:8000)"
             )
         self.judge = config.judge
         self._headers = _auth_headers(config.judge.api_key_env)
@@ -155,7 +156,7 @@ class JudgeVerifier(Verifier):
             models = [m["id"] for m in reply.get("data", ()) if isinstance(m, dict) and "id" in m]
             if len(models) != 1:
                 raise ServerError(
-                    f"{self.judge.url} serves {models or 'no model'}; set verifier.judge.model to one of its models"
+                    f"{self.judge.url} serves {models or 'no model'}; set verifier.judge.model (--judge-model) to one of its models"
                 )
             self._model = str(models[0])
         return self._model
@@ -167,7 +168,7 @@ def _auth_headers(variable: str | None) -> dict[str, str]:
     key = os.environ.get(variable)
     if not key:
         raise ConfigError(
-            f"verifier.judge.api_key_env names the environment variable {variable}, which is not set. "
+            f"verifier.judge.api_key_env (--judge-api-key-env) names the environment variable {variable}, which is not set. "
             f"Type export {variable}=KEY, or leave api_key_env out."
         )
     return {"Authorization": f"Bearer {key}"}
