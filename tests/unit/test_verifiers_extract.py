@@ -236,6 +236,8 @@ def test_what_states_no_choice_is_no_choice(text):
         ("Which?\n(A) heart\n(B) lung\nAnswer with a letter.", {"A": "heart", "B": "lung"}),
         ("Which? A. 3; B. 4; C. 5", {"A": "3", "B": "4", "C": "5"}),
         ("Which?\nＡ．heart\nＢ．lung", {"A": "heart", "B": "lung"}),
+        ("Which?\nChoices: A. heart\nB. lung\nAnswer with a letter.", {"A": "heart", "B": "lung"}),
+        ("Which?\nA. both B. and C.\nB. none", {"A": "both B. and C.", "B": "none"}),
         ("I saw A. Then I left.", {}),
     ],
 )

@@ -77,6 +77,59 @@ def test_the_profile_judges_as_it_says(verifier, question, gold, text, correct, 
     assert pool.check([(ask(gold, question, verifier=verifier), text)])[0].correct is correct
 
 
+ANGLE = "Angle 1 is\nA. 30°\nB. 45°\nC. 60°\nD. 90°"
+LETTERED = "Which letter marks the roots?\nA. A\nB. C\nC. D\nD. B"
+ROOT = "sin 60° is\nA. $\\frac{1}{2}$\nB. $\\frac{\\sqrt{3}}{2}$\nC. $\\frac{\\sqrt{2}}{2}$"
+BIRD = "What is it?\nA. a bird\nB. an owl\nC. a cat"
+
+
+@pytest.mark.parametrize(
+    ("verifier", "question", "gold", "text", "correct"),
+    [
+        ("choice", ANGLE, "B", "Solution: B", True), ("choice", ANGLE, "B", "A... no, wait: B", True), ("choice", ANGLE, "A", "A... no, wait: B", False),
+        ("choice", ANGLE, "B", "Answer: B... no, C", False), ("choice", ANGLE, "B", "```\nB\n```", True), ("choice", ANGLE, "B", "\\boxed{45^\\circ}", True),
+        ("choice", ANGLE, "B", "The answer is 45 degrees.", True), ("choice", ANGLE, "B", "The angle is 45°.", True), ("choice", ANGLE, "B", "45", True),
+        ("choice", ANGLE, "B", "Answer: B. 60°", False), ("choice", ANGLE, "B", "\\boxed{B. 60^\\circ}", False), ("choice", ANGLE, "B", "Answer: B = 60°", False), ("choice", ANGLE, "B", "Answer: B - 60°", False), ("choice", ANGLE, "D", "First 45°.\n\nD. 90° is too large", False),
+        ("choice", ANGLE, "B", "Answer: B vs C", False), ("choice", ANGLE, "B", "Answer: B (or C)", False), ("choice", ANGLE, "B", "Answer: B+C", False),
+        ("choice", ANGLE, "B", "Answer: B as well as C", False), ("choice", ANGLE, "B", "Answer: B if x = 2, C otherwise", False), ("choice", ANGLE, "B", "Answer: B is wrong", False),
+        ("choice", ANGLE, "B", "The answer would be B if it were acute, so C.", False), ("choice", ANGLE, "B", "Answer: B.A.", False), ("choice", ANGLE, "B", "The wrong option is 45°.", False),
+        ("choice", ANGLE, "B", "Answer: B (not A)", True), ("choice", ANGLE, "B", "Answer: B rather than A", True), ("choice", ANGLE, "B", "Answer: B. A is too small.", True),
+        ("choice", ANGLE, "B", "C seems wrong. I choose B.", True), ("choice", ANGLE, "B", "Answer: I believe B", True), ("choice", ANGLE, "B", "Therefore, B.", True),
+        ("choice", ANGLE, "B", "Answer: B is not correct", False), ("choice", ANGLE, "B", "Answer: B or not", False), ("choice", ANGLE, "A", "A, because B is too large", True),
+        ("choice", ANGLE, "B", '{"answer": ["B", "C"]}', False), ("choice", "q", "A, C", '{"answer": ["A", "C"]}', True), ("choice", ANGLE, "B", "答案是B，因为C太大。", True),
+        ("choice", "q", "D", "(D) the rotated one", True), ("choice", "q", "D", "C, not D", False), ("choice", ANGLE, "B", "The answer to your question is: **B**", True),
+        ("choice", ANGLE, "C", "不应选C", False), ("choice", ANGLE, "C", "答案：C错误", False), ("choice", ANGLE, "C", "综上，选项C正确。", True),
+        ("choice", LETTERED, "B", "B", True), ("choice", LETTERED, "B", "B. C", True), ("choice", LETTERED, "B", "D. B", False),
+        ("choice", ROOT, "B", "\\boxed{\\dfrac{\\sqrt{3}}{2}}", True), ("choice", ROOT, "B", "\\boxed{\\frac{\\sqrt{2}}{2}}", False),
+        ("choice", BIRD, "B", "owl", True), ("choice", BIRD, "A", "A bird", True), ("choice", BIRD, "A", "A cat", False),
+        ("numeric", "q", "12", "2=12", False), ("numeric", "q", "12", "Area = 1/2 × 6 × 4 = 12", True), ("numeric", "q", "12", "12 dozen", False),
+        ("numeric", "q", "12 °C", "$12^\\circ\\text{C}$", True), ("numeric", "q", "12", "12以上", False), ("chart", "q", "[1,200, 300]", "300 and 1,200", True),
+        ("numeric", "q", "12 m", "The tree is 12 m tall.", True), ("numeric", "q", "12", "### Answer\nWe compute step by step.\n\n12", True), ("numeric", "q", "12", "\\boxed{5}, or \\boxed{12}", False),
+        ("numeric", "q", "12", "The area of 3 triangles is $12$.", True), ("numeric", "q", "12", "### Answer\n12", True), ("numeric", "q", "12", "答案是12平方厘米。", True),
+        ("math", "q", "42", "**Final Answer**\n\n42", True), ("math", "q", "42", "### Answer\nThe area is 42 cm².", True), ("math", "q", "42", "### Answer\nTo be found.\n\n\\boxed{42}", True),
+        ("math", "q", "5", "\\boxed{5:1}", False), ("math", "q", "2:3", "\\boxed{4:6}", True), ("math", "q", "5", "\\boxed{2=5}", False), ("math", "q", "5", "\\boxed{x/2 = 5}", False),
+        ("math", "q", "5", "\\boxed{\\frac{x}{2} = 5}", False), ("math", "q", "5", "\\boxed{|x| = 5}", False), ("math", "q", "5", "\\boxed{f(3) = 5}", True),
+        ("math", "q", "5", "\\boxed{a_1+a_2 = 5}", True), ("math", "q", "5", "\\boxed{\\angle ABC = 5^\\circ}", True), ("math", "q", "42", "\\boxed{V = 6 \\times 7 = 42}", True),
+        ("math", "q", "42", "\\boxed{42 \\text{ million}}", False), ("math", "q", "42", "\\boxed{42 \\text{ is wrong}}", False), ("math", "q", "42", "\\boxed{\\text{about } 42}", True),
+        ("math", "q", "42", "\\boxed{\\text{Area} = 42 \\text{ cm}^2}", True), ("math", "q", "5", "Answer: five", True), ("math", "q", "\\ln 2", "ln 2", True), ("math", "q", "\\ln 2", "\\boxed{ln(3)}", False),
+        ("math", "q", "(1,2)", "\\boxed{y=2, x=1}", True), ("math", "q", "(1,2)", "\\boxed{y=1, x=2}", False), ("math", "q", "(1,2)", "\\boxed{\\{1,2\\}}", False),
+        ("math", "q", "\\{1,3\\}", "\\boxed{(1,3)}", False), ("math", "q", "\\{(1,2),(2,1)\\}", "\\boxed{(1,2),(2,1)}", True), ("math", "q", "\\{1,3\\}", "x = 1 or x = 3", True),
+        ("math", "q", "x+1", "\\boxed{\\frac{x^2-1}{x-1} = x+1}", True), ("math", "q", "5", "\\boxed{5或6}", False), ("math", "q", "[1,2]", "\\boxed{1≤x≤2}", True), ("math", "q", "\\emptyset", "∅", True),
+        ("math", "q", "2\\sqrt{3}", "\\boxed{2\\sqrt{3}\\text{ or }3}", False), ("math", "q", "[1,2]", "\\boxed{2 > x > 1}", False), ("math", "q", "5", "The answer is $5$. This is the sum.", True),
+        ("math", "q", "(-\\infty,-1) \\cup (1,\\infty)", "\\boxed{\\left\\{ x \\mid x < -1 \\quad\\text{or}\\quad x > 1 \\right\\}}", True),
+        ("math", "q", "[0,4)", "\\boxed{\\{x \\mid 0 \\le x < 4\\}}", True),
+        ("chart", "q", "1200", "1.2k", True), ("chart", "q", "14", "14th", False), ("chart", "q", "45%", "The share in 2010 is 45%.", True), ("chart", "q", "5 km", "5 kg", False),
+        ("chart", "q", "No", "No, it is not.", True), ("chart", "q", "No", "No, yes.", False), ("chart", "q", "Yes", "Yes, not no.", False),
+        ("document", "q", "hypertension", "hypotension", False), ("document", "q", "macroeconomics", "microeconomics", False), ("document", "q", "approved", "unapproved", False),
+        ("document", "q", "sulfate", "sulfite", False), ("document", "q", "methane", "ethane", False), ("document", "q", "reasoning", "resoning", True), ("document", "q", "-12,345", "12,345", False),
+        ("document", "q", "John A. Smith", "Mr. John A. Smith", True), ("document", "q", "John A. Smith", "John Smith", False), ("document", "q", "12.5%", "12.5", False),
+        ("document", "q", "3 of 12", "12 of 3", False), ("document", "q", "(212) 555-0147", "212-555-0147", True),
+    ],
+)  # fmt: skip
+def test_what_models_write_is_judged_like_a_person_would(verifier, question, gold, text, correct, pool):
+    assert pool.check([(ask(gold, question, verifier=verifier), text)])[0].correct is correct
+
+
 @pytest.mark.parametrize(
     ("answer", "gold", "same"),
     [

@@ -8,47 +8,20 @@ rest: they reject "1,200" for "1200" and "14" for "14%", and accept the year 211
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from fractions import Fraction
 
 from uniopd_mm.rollout import Prompt
+from uniopd_mm.verifiers import numeric
 from uniopd_mm.verifiers.base import MAX_ANSWER_CHARS, Verifier
 from uniopd_mm.verifiers.exact import normalize
-from uniopd_mm.verifiers.extract import fold, linear_number, plain, short_answer
+from uniopd_mm.verifiers.extract import fold, plain, short_answer
+from uniopd_mm.verifiers.numeric import Quantity
 
 TOLERANCE = 0.05
 _MAX_ITEMS = 64
-_ITEM_END = re.compile(r"[,;]\s+(?:and\s)?|,(?!\d{3})")
-
-_COUNTS = (
-    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|"
-    "eighteen|nineteen|twenty"
-)
-_WORDS = {word: str(value) for value, word in enumerate(_COUNTS.split("|"))}
-_SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-_NUMBER = re.compile(
-    r"(?P<sign>[-+]?)\s?[$€£¥₹]?\s?(?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?P<exp>e[-+]?\d{1,2})?"
-    r"(?:\s?/\s?(?P<over>\d+(?:\.\d+)?))?"
-    r"\s?(?P<percent>%|percent\b|per cent\b|percentage points?\b)?\s?(?:(?P<scale>thousand|million|billion|trillion)s?)?"
-    r"(?P<unit>[^\d,/%]{0,40})"
-)
+_ITEM_END = re.compile(r"[,;](?!\d{3})\s*(?:and\s)?")
 _YEAR = re.compile(r"(?:1[5-9]|20)\d\d")
 _YES_NO = re.compile(r"(yes|no)\b\s?[,.;:!-]", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class _Number:
-    value: float
-    percent: bool
-    scale: float
-
-    def readings(self, other: _Number) -> set[float]:
-        """Values it may stand for beside ``other``: a mark that only one side carries may be part of the axis label."""
-        values = (
-            {self.value * self.scale}
-            if self.scale == 1 or other.scale != 1
-            else {self.value, self.value * self.scale}
-        )
-        return values | {value / 100 for value in values} if self.percent and not other.percent else values
 
 
 def score(answer: str, gold: str, profile: str = "strict") -> float:
@@ -64,22 +37,29 @@ def _strict(answer: str, gold: str) -> bool:
     if normalize(answer) == normalize(gold):
         return True
     if normalize(gold) in ("yes", "no"):  # "Yes, because …"
-        said = set(re.findall(r"\b(?:yes|no|not)\b", answer.casefold()))
-        return _YES_NO.match(answer) is not None and said == {normalize(gold)}
+        said, other = _YES_NO.match(answer), "yes" if normalize(gold) == "no" else "not?"
+        return (
+            said is not None
+            and normalize(said[1]) == normalize(gold)
+            and not re.search(rf"(?i)\b{other}\b", answer)
+        )
     is_year = _YEAR.fullmatch(gold.strip(" .")) is not None
     if is_year:
         answer = re.sub(r"^(?:in\s)?(?:the\s)?(?:year\s)?", "", answer, flags=re.IGNORECASE)
-    found, wanted = _number(answer), _number(gold)
+    found, wanted = numeric.parse(numeric.reading(answer)), numeric.parse(gold)
     if found is None or wanted is None:
         return False
     if is_year:
-        return (
-            found.value == wanted.value
-            and not found.percent
-            and found.scale == 1
-            and not answer[4:5].isalpha()
-        )
-    return any(_close(a, g) for a in found.readings(wanted) for g in wanted.readings(found))
+        return found.value == wanted.value and not found.unit and found.scale == 1
+    if len({found.unit, wanted.unit} - {"", "%"}) > 1:
+        return False
+    return any(_close(a, g) for a in _values(found, wanted) for g in _values(wanted, found))
+
+
+def _values(number: Quantity, other: Quantity) -> set[Fraction]:
+    """What it may stand for beside the other: a mark that only one side carries may be part of the axis label."""
+    values = {number.value} if other.scale > 1 else {number.value, number.value / number.scale}
+    return values | {value / 100 for value in values} if number.unit == "%" != other.unit else values
 
 
 def _same_items(answer: str, gold: str) -> bool:
@@ -97,21 +77,8 @@ def _same_items(answer: str, gold: str) -> bool:
     return not found
 
 
-def _close(value: float, gold: float) -> bool:
-    return value == gold if gold == 0 else abs(value - gold) / abs(gold) <= TOLERANCE
-
-
-def _number(text: str) -> _Number | None:
-    text = linear_number(text.strip().rstrip(".").casefold())
-    match = _NUMBER.fullmatch(_WORDS.get(text, text))
-    if match is None:
-        return None
-    value = float(match["value"].replace(",", "") + (match["exp"] or ""))
-    over = float(match["over"] or 1)
-    if over == 0:
-        return None
-    value = (-value if match["sign"] == "-" else value) / over
-    return _Number(value, match["percent"] is not None, _SCALES.get(match["scale"], 1.0))
+def _close(value: Fraction, gold: Fraction) -> bool:
+    return abs(value - gold) <= Fraction(TOLERANCE) * abs(gold)
 
 
 def _upstream(answer: str, gold: str) -> bool:

@@ -11,44 +11,57 @@ import string
 from collections.abc import Iterator, Sequence
 
 from uniopd_mm.rollout import Prompt
+from uniopd_mm.verifiers import numeric
 from uniopd_mm.verifiers.base import NO_GOLD, Verifier, gold_answers
 from uniopd_mm.verifiers.exact import normalize
-from uniopd_mm.verifiers.extract import candidates, fold, lone_line, marked, plain, visible
+from uniopd_mm.verifiers.extract import (
+    candidates,
+    fold,
+    last_sentence,
+    lone_line,
+    marked,
+    plain,
+    stated,
+    visible,
+)
 
 _MAX_CHARS = 500
 _TAIL_CHARS = 4000
 _LETTER = r"[(\[{]?\s?([A-Z])\s?[)\]}]?"
-_SINGLE = re.compile(r"[(\[{<]?\s?([A-Za-z])\s?[)\]}>]?\s?[.,:;。]?")
+_SINGLE = re.compile(r"[(\[{<]?(?P<letter>[A-Za-z])[)\]}>]?")
 _SET = re.compile(
     rf"{_LETTER}[.:]?(?:\s?(?:,|;|/|&|、|\s|and\b|or\b|和|或)\s?(?:and\s|or\s)?{_LETTER}[.:]?){{1,25}}"
 )
-_RUN = re.compile(r"[A-J]{2,10}")
-_LABELLED = re.compile(
-    r"(?:[(\[]\s?([A-Za-z])\s?[)\]]|([A-Z])\s?[)\].:、]|([a-z])[).](?=\s))\s?[.:]?\s?(.*)", re.DOTALL
-)
+_LABEL = re.compile(r"(?:[(\[][A-Za-z][)\]]|[A-Z][)\].:、]|[a-z][).](?=\s))[\s.:]*")
+_LETTER_TEXT = re.compile(r"[(\[]?(?P<letter>[A-Za-z])[)\]]?[\s.:)\]、,]*(?:-\s)?(?P<text>.+)", re.DOTALL)
+_TEXT_LETTER = re.compile(r"(?P<text>.+)\((?P<letter>[A-Z])\)", re.DOTALL)
+_LONE_LETTER = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
 _SENTENCE = re.compile(
-    rf"(?:{_LETTER}\s?(?:,|/|&|、|and\b|or\b|和|或)\s?){{0,25}}[(\[]?([A-Z])[)\]]?(?![\w'-])", re.ASCII
+    rf"(?:{_LETTER}\s?(?:,|/|&|、|and\b|or\b|和|或)\s?){{0,25}}[(\[]?([A-Z])[)\]]?(?![\w'-]|\s?=)", re.ASCII
 )
-_LEAD = re.compile(r"(?:both\s)?(?:option|choice|letter|选项)s?\s?:?\s?|both\s(?=[(A-Z])", re.IGNORECASE)
-_HEDGE = re.compile(
-    r"\s?[,;]?\s?(?:\?|(?:or|and|/|maybe|perhaps|possibly|或|和)\b).{0,60}?(?<![A-Za-z])[A-Z](?![A-Za-z])",
-    re.ASCII | re.DOTALL,
+_CORRECTION = re.compile(r"[.…,;?-]+(?:\s?(?:no|wait|actually)\b[\s.…,:;-]*)+")
+_NOUN = r"(?:option|choice|letter|figure|solution|answer|选项)"
+_LEAD = re.compile(
+    rf"^(?:both|{_NOUN}s?)\s?:?\s?(?:{_NOUN}\s?)?(?=[(\[]?(?-i:[A-Z](?![a-z])|[a-z](?![A-Za-z])))",
+    re.IGNORECASE,
 )
-"""Another letter right after the first one: "C or maybe B"."""
-_ARTICLE = re.compile(r"[AI]\s+(?!(?:because|since|as|is|and|or|but|due|for|given|if|when|not)\b)[a-z]")
+_ARTICLE = re.compile(r"[AI]\s+(?!(?:is|and)\b)[a-z]")
 """ASCII words after A or I, which then are words themselves."""
-_ALTERNATIVE = re.compile(r"\b(?:or|either)\b|或")
-_SO = r"(?:(?:so|thus|hence|therefore|then|and|consequently|i\s(?:think|believe|guess)(?:\sthat)?)[,\s]{1,3}){0,3}"
-_NAMED = r"(?:the\s)?(?:option|choice|answer|letter)?\s?[(\[]?(?P<letter>(?-i:[A-Z]))[)\]]?"
+_REASON = re.compile(r",?\s\(?(?:because|since|rather|instead)\b|(?:,\s|\s?\()(?:as|not)\b|,?因为")
+_END = re.compile(r"[.!](?=\s+[A-Z])")
+_DOUBT = re.compile(r"\b(?:or|not|wrong|incorrect)\b|[?或错不]")
 _VERDICT = re.compile(
-    rf"{_SO}(?:(?:it(?:'s|\sis|\smust\sbe)|i(?:'d|'ll|\swould|\swill)?\s(?:choose|pick|select|go\swith|say))\s{_NAMED}"
-    rf"|{_NAMED.replace('letter>', 'second>')}\s(?:is|must\sbe|should\sbe|would\sbe)\s(?:the\s)?(?:answer|(?:(?:correct|right|best)\s?)(?:answer|option|choice|one)?))"
-    r"|(?:所以|因此|故|综上)?,?\s?(?:选项)?(?P<chosen>(?-i:[A-Z]))(?:选项)?是?正确(?:的|答案)?",
+    r"(?:(?:so|thus|hence|therefore|then|and|clearly|consequently|i\s(?:think|believe|guess)(?:\sthat)?"
+    r"|所以|因此|故|综上)[,\s]{0,3}){0,3}"
+    r"(?:(?:it(?:'s|\sis|\smust\sbe)|i(?:'d|'ll|\swould|\swill)?\s(?:choose|pick|select|go\swith|say))\s)?"
+    rf"(?:the\s)?{_NOUN}?\s?[(\[]?(?P<letter>(?-i:[A-Z]))[)\]]?"
+    r"(?:\s(?:is|must\sbe|should\sbe|would\sbe)\s(?:the\s)?(?:correct|right|best)?\s?(?:answer|option|choice|one)?"
+    r"|(?:选项)?是?正确(?:的|答案)?)?",
     re.IGNORECASE,
 )
 """A line that does nothing but choose: "So I pick (C)", "Option C is correct"."""
 _OPTION_LINE = re.compile(
-    r"^[ \t]{0,8}(?:(?i:choices|options)[ \t]{0,4}:[ \t]{0,4})?[(\[]?([A-Z])[)\].:、][ \t]{0,8}(\S[^\n]{0,500})$",
+    r"^[ \t]{0,8}(?:(?i:choices|options):[ \t]?)?[(\[]?([A-Z])[)\].:、][ \t]{0,8}(\S[^\n]{0,500})$",
     re.MULTILINE,
 )
 _OPTION_INLINE = re.compile(r"(?:^|(?<=[\s;,]))\(?([A-Z])[).:]\s?")
@@ -59,7 +72,7 @@ def options_of(prompt: Prompt) -> dict[str, str]:
     text = fold(user_text(prompt))
     lines = [(m[1], m[2].strip()) for m in _OPTION_LINE.finditer(text)]
     options = _consecutive(lines)
-    if len(options) >= 2:
+    if options:
         return options
     marks = list(_OPTION_INLINE.finditer(text))
     ends = [m.start() for m in marks[1:]] + [len(text)]
@@ -90,58 +103,50 @@ def _consecutive(pairs: list[tuple[str, str]]) -> dict[str, str]:
 
 def parse_letters(answer: str, options: dict[str, str], in_sentence: bool = False) -> frozenset[str] | None:
     """The letters an answer names; None = none, or alternatives.  ``in_sentence``: words may follow ("C because …")."""
-    answer = plain(answer[:_MAX_CHARS].rstrip(" .。")).strip("\"'") if answer else ""
-    if (letter := _option_text(answer, options)) is not None:
-        return frozenset(letter)
-    answer = _LEAD.sub("", answer, count=1)
+    answer = _corrected(plain(answer[:_MAX_CHARS].rstrip(" .。!")).strip("\"'"))
     known = set(options) or set("ABCDEFGH")
-    if (found := _whole(answer)) and found <= known:
-        return None if len(found) > 1 and _ALTERNATIVE.search(answer) else found
-    if (letter := _option_text(answer, options)) is not None:
-        return frozenset(letter)
-    if in_sentence and (match := _SENTENCE.match(answer)):
-        found = frozenset(re.findall(r"(?<![^\W\d_])[A-Z](?![^\W\d_])", match[0]))
-        if _HEDGE.match(answer, match.end()) or _ARTICLE.match(answer) or _ALTERNATIVE.search(match[0]):
-            return None
-        return found if found <= known else None
-    label = _LABELLED.fullmatch(answer)
-    letter = (label[1] or label[2] or label[3]).upper() if label else ""
-    return frozenset(letter) if letter in known else None
+    short = _LEAD.sub("", answer)
+    for reading in (answer, short, _REASON.split(short)[0]):
+        named = _SINGLE.fullmatch(reading) or _VERDICT.fullmatch(reading)
+        if named and named["letter"].upper() in known:
+            return frozenset(named["letter"].upper())
+        if letter := _option_text(reading, options):
+            return frozenset(letter)
+    if short and list(short) == sorted(set(short)) and known.issuperset(short):  # "ABD"
+        return frozenset(short)
+    match = _SET.fullmatch(short) or (in_sentence and _SENTENCE.match(short)) or _LABEL.match(short)
+    if not match:
+        return None
+    found, rest = frozenset(_LONE_LETTER.findall(match[0].upper())), short[match.end() :]
+    said = match[0] + _END.split(_REASON.split(rest)[0])[0]
+    others = known.intersection(_LONE_LETTER.findall(said)) - found
+    is_other = _option_text(rest.strip(" .,:)-"), options) not in (None, *found)
+    is_doubtful = others or is_other or _DOUBT.search(said) or _ARTICLE.match(short)
+    return found if found <= known and not is_doubtful else None
+
+
+def _corrected(answer: str) -> str:
+    """What an answer ends up with: "B... no, wait: C" -> "C"."""
+    return _CORRECTION.split(answer)[-1]
 
 
 def _option_text(answer: str, options: dict[str, str]) -> str | None:
     """The option whose text an answer is, alone or with its letter: "heart", "A. heart", "A heart", "heart (A)"."""
-    if not options:
-        return None
-    labelled = re.fullmatch(r"[(\[]?([A-Za-z])[)\]]?\s?[.:)\]、-]?\s?[.:]?\s(.+)", answer, re.DOTALL)
-    labelled = labelled or _LABELLED.fullmatch(answer)
-    if labelled:
-        letter = next(group for group in labelled.groups()[:-1] if group).upper()
-        if letter in options and _same_text(labelled[labelled.re.groups], options[letter]):
-            return letter
-    if (trailed := re.fullmatch(r"(.+?)\s?\((?:option\s)?([A-Z])\)", answer, re.DOTALL)) and trailed[
-        2
-    ] in options:
-        return trailed[2] if _same_text(trailed[1], options[trailed[2]]) else None
-    article = re.sub(r"^(?:a|an)\s", "", answer)
-    return next(
-        (o for o, text in options.items() if _same_text(answer, text) or _same_text(article, text)), None
-    )
+    for pattern in (_LETTER_TEXT, _TEXT_LETTER):
+        match = pattern.fullmatch(answer)
+        if match and _same_text(match["text"], options.get(match["letter"].upper(), "")):
+            return match["letter"].upper()
+    same = [letter for letter, text in options.items() if _same_text(answer, text)]
+    if not same and (found := numeric.parse(answer)):  # "45 degrees" for "45°"
+        quantities = {letter: numeric.parse(text) for letter, text in options.items()}
+        same = [letter for letter, option in quantities.items() if option and numeric.same(found, option)]
+    return same[0] if len(same) == 1 else None
 
 
 def _same_text(answer: str, option: str) -> bool:
-    return normalize(answer) == normalize(option)
-
-
-def _whole(answer: str) -> frozenset[str] | None:
-    """Letters when the answer is nothing but letters: "(C)", "A, B", "ABD"."""
-    if match := _SINGLE.fullmatch(answer):
-        return frozenset(match[1].upper())
-    if _SET.fullmatch(answer):
-        return frozenset(re.findall(r"(?<![a-z])[A-Z](?![a-z])", answer))
-    if _RUN.fullmatch(answer) and list(answer) == sorted(set(answer)):
-        return frozenset(answer)
-    return None
+    """Equal but for form, spaces and articles."""
+    found, wanted = (re.sub(r"^(?:a|[Aa]n)\s", "", text) for text in (answer, option))
+    return normalize(found).replace(" ", "") == normalize(wanted).replace(" ", "")
 
 
 def extract(text: str, options: dict[str, str]) -> frozenset[str] | None:
@@ -153,34 +158,30 @@ def extract(text: str, options: dict[str, str]) -> frozenset[str] | None:
             return found
     for line in _lone_lines(text):
         found = parse_letters(line, options)
-        label = _LABELLED.fullmatch(plain(line))
+        line = _REASON.split(_corrected(plain(line)))[0]
+        label = _LABEL.match(line)
         # "A. The heart is wrong because" enumerates; "A. heart" answers.
-        if found and (
-            len(found) > 1 or not label or not label[4] or _names_option(label[4], found, options, text)
-        ):
+        rest = line[label.end() :] if label else ""
+        if found and (len(found) > 1 or not rest or _is_answer(rest, options, text)):
             return found
-    verdict = _VERDICT.fullmatch(plain(lone_line(text) or "").rstrip(".!。"))
-    letter = (verdict["letter"] or verdict["second"] or verdict["chosen"]) if verdict else ""
-    return frozenset(letter) if letter in (set(options) or set("ABCDEFGH")) else None
+    last = last_sentence(plain(lone_line(text) or ""))
+    thing = stated(last)  # "The angle is 45°."
+    letter = _option_text(thing, options) if 1 < len(thing) < len(last) and not _DOUBT.search(last) else None
+    return frozenset(letter) if letter else None
 
 
 def _lone_lines(text: str) -> Iterator[str]:
-    last = lone_line(text)
+    last = lone_line(text) or ""
     first = text.lstrip()[: _MAX_CHARS + 1].split("\n", 1)[0]
-    for line in dict.fromkeys((last, first)):
-        if line and len(line) <= _MAX_CHARS:
-            yield re.sub(r"^(?:[>*-]|\d{1,2}[.)])\s+", "", line)
+    return (line for line in dict.fromkeys((last, first, last_sentence(last))) if 0 < len(line) <= _MAX_CHARS)
 
 
-def _names_option(rest: str, letters: frozenset[str], options: dict[str, str], text: str) -> bool:
-    if options:
-        if (
-            len({match[1] for match in _OPTION_LINE.finditer(text[-_TAIL_CHARS:])}) > 1
-        ):  # all of them are listed
-            return False
-        rest = re.split(r",?\s(?:because|since|as)\s", rest, maxsplit=1)[0]
-        return any(_same_text(rest, options[letter]) for letter in letters if letter in options)
-    return "\n" not in text.strip()
+def _is_answer(rest: str, options: dict[str, str], text: str) -> bool:
+    """A labelled line gives its option's text in a response that does not list the others too."""
+    if not options:
+        return "\n" not in text.strip()
+    is_list = len({match[1] for match in _OPTION_LINE.finditer(text[-_TAIL_CHARS:])}) > 1
+    return not is_list and _option_text(rest, options) is not None
 
 
 def gold_letters(gold: str, options: dict[str, str]) -> frozenset[str] | None:

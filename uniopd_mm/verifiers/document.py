@@ -1,8 +1,9 @@
 """Document questions: ANLS, the average normalised Levenshtein similarity to the nearest gold answer.
 
-``strict`` measures similarity on normalised strings and calls an answer correct from 0.8 on, and only if it holds the
-gold's numbers and each of its words, long ones but for a typo ("2015" is 0.75 similar to 2014, "$5 million" 0.9 to $5 billion).  ``upstream`` and ``upstream_vlmevalkit`` give the scores of
-lmms-eval's and VLMEvalKit's scorers; both keep a similarity of 0.5 or more.
+``strict`` measures similarity on normalised strings, and calls an answer correct that has the gold's numbers and words
+in order, long ones but for one missing letter: "2015" is 0.75 similar to 2014, "$5 million" 0.9 to $5 billion, and
+neither is correct.  ``upstream`` and ``upstream_vlmevalkit`` give the scores of lmms-eval's and VLMEvalKit's scorers;
+both keep a similarity of 0.5 or more.
 """
 
 from __future__ import annotations
@@ -17,21 +18,14 @@ from uniopd_mm.verifiers.extract import short_answer
 
 CUTOFF = 0.5
 """Similarities below it score 0."""
-_STRICT_CORRECT = 0.8
 _LONG_WORD = 5
-"""Letters from which on a word may have a typo."""
-_IGNORED = frozenset(("the", "a", "an", "of", "mr", "mrs", "ms", "dr", "prof"))
-_DISTINCT = frozenset((
-    "million", "billion", "trillion", "increase", "decrease", "increased", "decreased", "northern", "southern", "eastern",
-    "western", "include", "exclude", "included", "excluded", "internal", "external", "import", "export", "imports", "exports",
-))  # fmt: skip
-"""Words that resemble others and are none of their typos."""
+"""Letters from which on a word may miss one."""
+_IGNORED = frozenset(("the", "an", "mr", "mrs", "ms"))
+_TOKEN = re.compile(r"((?:(?<![\w)])-)?\d+(?:\.\d+)?)|[^\W\d_]+|[%€£¥]")
 
 
 def levenshtein(a: str, b: str) -> int:
     """Insertions, deletions and substitutions that turn one string into the other; O(len(a) * len(b)) time."""
-    if len(a) < len(b):
-        a, b = b, a
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -66,30 +60,28 @@ def _ungrouped(text: str) -> str:
 
 
 def _is_same(answer: str, gold: str) -> bool:
-    """Similar, with the same numbers, and word for word the same but for typos in long words."""
-    answer, gold = _ungrouped(answer), _ungrouped(gold)
-    if _similarity(answer, gold) < _STRICT_CORRECT or _numbers(answer) != _numbers(gold):
-        return False
-    words = [re.findall(r"[^\W\d_]+", text) for text in (answer, gold)]
-    if "".join(words[0]) == "".join(words[1]):  # "USA" and "U.S.A."
+    """The same numbers and words in the same order; a long word may miss a letter that is not its first."""
+    found, wanted = _tokens(answer), _tokens(gold)
+    if "".join(found) == "".join(wanted):  # "USA" and "U.S.A."
         return True
-    found, wanted = ([word for word in side if word not in _IGNORED] for side in words)
-    if len(found) != len(wanted):
-        return False
-    return all(a == b or _is_typo(a, b) for a, b in zip(found, wanted, strict=True))
+    return len(found) == len(wanted) and all(map(_is_same_word, found, wanted))
 
 
-def _is_typo(a: str, b: str) -> bool:
-    return (
-        max(len(a), len(b)) >= _LONG_WORD
-        and _DISTINCT.isdisjoint((a, b))
-        and _similarity(a, b) >= _STRICT_CORRECT
-    )
+def _tokens(text: str) -> list[str]:
+    """Numbers between spaces, words, percent and currency signs; the day 03 is the day 3."""
+    text = re.sub(r"(?<![\d.])0(?=\d(?!\d))", "", _ungrouped(text))
+    return [
+        f" {token[1]} " if token[1] else token[0]
+        for token in _TOKEN.finditer(text)
+        if token[0] not in _IGNORED
+    ]
 
 
-def _numbers(text: str) -> list[str]:
-    """The numbers in a text; the day 03 is the day 3."""
-    return [re.sub(r"^0(?=\d$)", "", number) for number in re.findall(r"\d+(?:\.\d+)?", text)]
+def _is_same_word(a: str, b: str) -> bool:
+    if a == b:
+        return True
+    is_long = max(len(a), len(b)) >= _LONG_WORD and a[0] == b[0] and (a + b).isalpha()
+    return is_long and abs(len(a) - len(b)) == 1 == levenshtein(a, b)
 
 
 class DocumentVerifier(Verifier):

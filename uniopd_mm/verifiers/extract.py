@@ -36,36 +36,40 @@ _REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>|�
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _BRACES = re.compile(r"\\boxed\s{0,8}\{|\\.|[{}]", re.DOTALL)
 _MARK = re.compile(
-    r"(?:(?:\b|(?<=_))(?:ans(?:wers?)?|(?:correct|right|best|final)\s{1,4}(?:option|choice|letter)s?)\b(?P<quote>[\"'])?"
-    r"[*_]{0,3}(?:\s{1,4}to\s{1,4}(?:the|this|your)\s{1,4}(?:question|problem))?\s{0,4}"
+    r"(?:^[#*_ ]{1,8}(?:final\s)?answer[*_ ]{0,4}$(?=\s{1,4}[^\n]{1,200}\s{0,8}\Z)"
+    r"|(?:\b|(?<=_))(?:ans(?:wers?)?|(?:correct|right|best|final)\s{1,4}(?:option|choice|letter)s?)\b(?P<quote>[\"'])?"
+    r"[*_]{0,3}(?:\sto\s\w{3,4}\s(?:question|problem))?\s{0,4}"
     r"(?:(?:should|must|would|will)\s{1,4}be\b|is\b|are\b|was\b|=|:)"
     r"|(?:答案】|(?:答案|正确选项|正确答案)\s{0,4}(?:应该是|应为|应是|是|为|:))"
-    r"|(?<![不没未别])(?:故选|应选|应该选|选择|选)\s{0,2}:?\s{0,2}(?=[(A-Z])|####)"
-    r"\s{0,4}[*_]{0,3}\s{0,4}:?\s{0,4}[*_]{0,3}",
-    re.IGNORECASE,
+    r"|(?<![不没未别应该])(?:故选|应选|应该选|选择|选)\s{0,2}:?\s{0,2}(?=[(A-Z])|####)"
+    r"[\s*_]{0,8}:?[\s*_]{0,8}",
+    re.IGNORECASE | re.MULTILINE,
 )
 _JSON_VALUE = re.compile(
-    r"\"((?:[^\"\\]|\\.){0,4000})\"|'((?:[^'\\\n]|\\.){0,4000})'|(\[[^\]\n]{0,400}\]|[^,}\n]{1,400})",
+    r"\"((?:[^\"\\]|\\.){0,4000})\"|(\[[^\]\n]{0,400}\]|[^,}\n]{1,400})",
     re.DOTALL,
 )
 _WRAPPER = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mathtt|mathcal|operatorname|rm|bf|mbox|fbox)\s{0,4}\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|sf|tt|cal)|operatorname|rm|bf|[mf]box)\s{0,4}\{([^{}]*)\}"
 )
 _BETWEEN_BOXES = re.compile(
-    r"[\s$]{0,9}(?:(?:\\text\s?\{)?\s{0,4}\b(and|or)\b\s{0,4}\}?|[,;]|\s)(?:\s?\b(and|or)\b)?[\s$]{0,9}",
+    r"[\s$]{0,9}(?:(?:\\text\s?\{)?\s{0,4}\b(and|or)\b\s{0,4}\}?|[,;])(?:\s?\b(and|or)\b)?[\s$]{0,9}",
     re.IGNORECASE,
 )
-_NOISE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]|<\|\w{1,40}\|>|</s>")
-"""Control characters and the ends of turns that a server left in the text."""
+_NOISE = re.compile(
+    r"[\x00-\x08\x0e-\x1f\x7f]|<\|\w{1,40}\|>|</s>|^[ \t]{0,8}```\w{0,20}[ \t]{0,8}$", re.MULTILINE
+)
+"""Control characters, the ends of turns that a server left in the text, and code fences."""
 _ABOUT = re.compile(
-    r"(?:approximately|approx\.?|about|around|roughly|circa|≈|≅|~|\\approx|\\sim)\s{0,4}(?=[-+$€£¥₹.\d½⅓⅔¼¾\\])",
-    re.I,
+    r"^\s*(?:approximately|approx\.?|about|around|roughly|≈|~|\\approx|\\sim)\s*", re.IGNORECASE
 )
 _FRACTION = re.compile(
-    r"(\d?)\s?(?:\\[dtc]?frac\s?(?:\{(\d{1,15})\}\s?\{(\d{1,15})\}|(\d)\s?(\d))|([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]))"
+    r"(\d?)\s?(?:\\frac\s?(?:\{(\d{1,15})\}\s?\{(\d{1,15})\}|(\d)\s?(\d))|([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]))"
 )
-_SENTENCE_END = re.compile(r"(?:(?<=\w{3})|(?<=[\d)}$*\]%]))[.!?](?=\s+[A-Z])|。")
+_SENTENCE_END = re.compile(r"(?:(?<=\w{3})|(?<=[\d)}$*\]%°]))[.!?](?=\s+[A-Z])|。")
+_STATED = re.compile(r"(?:[\w',]{1,20}\s){1,15}?(?:is|are|was|were|has|have|equals):?\s([^=]{1,200}?)\.?")
 _SPACING = re.compile(r"\\[,;:! ]|\\q?quad\b|~|\s+")
+_DEGREE = re.compile(r"\s?\^\s?(?:\\circ\b|\{\s?\\circ\s?\})|\\degree\b")
 
 
 def fold(text: str) -> str:
@@ -167,7 +171,8 @@ def marked(text: str) -> list[str]:
         rest = text[mark.end() : mark.end() + _CANDIDATE_CHARS].strip()
         line = rest.split("\n", 1)[0].strip()
         if mark["quote"] and ":" in mark[0] and (value := _JSON_VALUE.match(rest)):
-            answers.append((value[1] or value[2] or value[3] or "").replace("\\\\", "\\"))
+            listed = re.sub(r"[\[\]\"]", "", value[2] or "")
+            answers.append((value[1] or listed).replace("\\\\", "\\"))
         else:
             answers.append(line if ":" in mark[0] else sentence(line))
     return [answer for answer in answers if answer]
@@ -199,8 +204,20 @@ def sentence(answer: str) -> str:
     return _SENTENCE_END.split(answer, maxsplit=1)[0].strip()
 
 
+def last_sentence(answer: str) -> str:
+    """The last sentence of a line, without its full stop."""
+    return _SENTENCE_END.split(answer.rstrip(".!。"))[-1].strip()
+
+
+def stated(line: str) -> str:
+    """What a sentence says that something is: "The length is 12 cm" -> "12 cm"; other lines as they are."""
+    match = _STATED.fullmatch(line)
+    return match[1] if match else line
+
+
 def plain(answer: str) -> str:
-    r"""An answer without markup: ``\text{}``, bold, dollars around it, LaTeX escapes; spaces collapsed."""
+    r"""An answer without markup: ``\text{}``, bold, dollars around it, LaTeX escapes; \dfrac as \frac, spaces collapsed."""
+    answer = _DEGREE.sub("°", answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
     for _ in range(4):
         answer, n_unwrapped = _WRAPPER.subn(r"\1", answer)
         if not n_unwrapped:
@@ -222,9 +239,7 @@ def linear_number(answer: str) -> str:
             over = f"{match[2] or match[4]}/{match[3] or match[5]}"
         return f"{match[1]} {over}" if match[1] else over
 
-    return _FRACTION.sub(
-        spell, _ABOUT.sub("", answer.strip(), count=1) if _ABOUT.match(answer.strip()) else answer.strip()
-    )
+    return _FRACTION.sub(spell, _ABOUT.sub("", answer.strip()))
 
 
 def short_answer(text: str) -> str | None:

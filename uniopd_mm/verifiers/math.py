@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
@@ -57,22 +58,23 @@ _SYMBOLS = {
     "≤": r"\le ",
     "≥": r"\ge ",
     "∪": r"\cup ",
+    "∅": r"\emptyset ",
 }
 _RELATION = re.compile(r"\s*(<|>|\\(?:le|ge|leq|geq|lt|gt|leqslant|geqslant)(?![a-zA-Z]))\s*")
 _OR = re.compile(
-    r"\s*(?:\\(?:text|mbox|mathrm)\s?\{\s?or\s?\}|\\lor\b|\\quad\s?or\s?\\quad|\bor\b|\\cup\b)\s*"
+    r"(?:\\quad|\s){0,9}(?:\\(?:text|mbox|mathrm)\s?\{\s?or\s?\}|\\lor\b|\bor\b|\\cup\b)(?:\\quad|\s){0,9}"
 )
-_WORDS = re.compile(r"[A-Za-z]{2,}")
-_HEDGE = re.compile(r"(?<![a-zA-Z\\])(?:or|either)(?![a-zA-Z])|或")
-_SEVERAL = re.compile(r"[,;<>]|\\(?:pm|mp|cup|lor|le|ge|in|text|mathrm)|(?<![a-zA-Z\\])or(?![a-zA-Z])|±")
-_ONE_SIDED = re.compile(r"(?:\\(?:neq?|not|le|ge|leq|geq|lt|gt)(?![a-zA-Z])|[<>])")
-_UNSOLVED = re.compile(
-    r"(?!\s*[a-z]\s*=)\|?\s*\d*\s*[a-z]\s*(?:\^\s?\{?\d+\}?)?\s*\|?\s*(?:[-+]\s*\d+\s*)?=[^=]+"
+_WORDS = re.compile(r"[A-Za-z][a-z]|[一-鿿]")
+_ONE_SIDED = re.compile(rf"\\(?:neq?|not)(?![a-zA-Z])|{_RELATION.pattern}")
+_NAME = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])(?:_\{?\w+\}?)?(?:\^\{-1\})?(?:\(.*?\))?")
+_OPERATION = re.compile(r"[\d^|/+*!-]|\\(?:sqrt|[dt]?frac|cdot|times|left)")
+_ASSIGNMENTS = re.compile(r"\s*(?:[,;]|\\text\s?\{\s?and\s?\}|\band\b)(?:\\\W|\\quad|\s)*(?=[a-z]\s*=)")
+_FUNCTION = re.compile(r"(?<![\\A-Za-z])(ln|log|sin|cos|tan|pi)(?![a-zA-Z])")
+_BUILDER = re.compile(
+    r"(?:\\left)?\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s?\{?R\}?\s*)?(?:\\mid|\||:)(.*?)(?:\\right)?\\\}"
 )
 _BASED = re.compile(r"([0-9A-F]+)_\{?\(?(\d+)\)?\}?")
-_LESS = frozenset(("<", "\\le", "\\leq", "\\lt", "\\leqslant"))
-_CLOSED = frozenset(("\\le", "\\leq", "\\leqslant", "\\ge", "\\geq", "\\geqslant"))
-_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_COMMAND = re.compile(r"\\[a-zA-Z]+|sqrt")
 _ROOT = re.compile(r"√\s?(\d+|[A-Za-z])")
 _RAISED = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)|([₀₁₂₃₄₅₆₇₈₉]+)|([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])")
 
@@ -91,13 +93,21 @@ def tidy(answer: str) -> str:
     if not answer.isascii():
         answer = _ROOT.sub(r"\\sqrt{\1}", _RAISED.sub(_raised, answer))
         answer = "".join(_SYMBOLS.get(char, char) for char in answer)
-    return _as_interval(answer)
+    return _sorted_assignments(_as_interval(_FUNCTION.sub(r"\\\1", answer)))
+
+
+def _sorted_assignments(answer: str) -> str:
+    """``y=2, x=1`` as ``x=1, y=2``: math-verify compares its values with those of (1, 2) in order."""
+    parts = _ASSIGNMENTS.split(answer)
+    is_named = all(re.match(r"[a-z]\s*=", part) for part in parts)
+    return ", ".join(sorted(parts)) if is_named and len({part[0] for part in parts}) == len(parts) else answer
 
 
 def _as_interval(answer: str) -> str:
     r"""Inequalities of one letter as math-verify compares them with intervals: 1 < x -> (1,\infty)."""
     if not _RELATION.search(answer):
         return answer
+    answer = _BUILDER.sub(r"\1", answer)
     parts = [_interval(part) for part in _OR.split(answer)]
     return answer if None in parts else " \\cup ".join(part for part in parts if part)
 
@@ -109,14 +119,14 @@ def _interval(inequality: str) -> str | None:
     if not signs:
         return inequality.strip() if inequality.strip()[:1] in ("(", "[") else None
     letters = [i for i, side in enumerate(sides) if re.fullmatch("[a-z]", side)]
-    if len(letters) != 1 or not all(sides) or any("," in side or "=" in side for side in sides):
+    if len(letters) != 1 or not all(sides):
         return None
     ends = {}
     for i, sign in enumerate(signs):
         is_before = i < letters[0]
-        bound, is_low = sides[i if is_before else i + 1], (sign in _LESS) == is_before
-        ends["low" if is_low else "high"] = (bound, sign in _CLOSED)
-    if len(ends) != len(signs) or (len(signs) == 2 and letters != [1]):
+        bound, is_low = sides[i if is_before else i + 1], (sign[:2] in ("<", "\\l")) == is_before
+        ends["low" if is_low else "high"] = (bound, "e" in sign)
+    if len(ends) != len(signs):
         return None
     low, closed = ends.get("low", (r"-\infty", False))
     start = f"{'[' if closed else '('}{low}"
@@ -143,15 +153,15 @@ def extract(text: str) -> str | None:
         answer = tidy(sentence(candidate[: 2 * MAX_ANSWER_CHARS]))
         if answer:
             return answer
-    line = lone_line(shown)
-    return (tidy(line) or None) if line and line == shown.strip() and _is_bare(line) else None
+    line = tidy(shown) if lone_line(shown) == shown.strip() else ""
+    return line if line and _is_bare(line) else None
 
 
 def _is_bare(line: str) -> bool:
-    """A number or an expression without words: "5", "$x=5$", "12 cm"."""
+    """A number or an expression without words: "5", "x=5", "12 cm", "1 or 2"."""
     if "\\boxed" in line or not re.search(r"\w", line):
         return False
-    return not _WORDS.search(_COMMAND.sub(" ", line)) or numeric.parse(line) is not None
+    return not _WORDS.search(_OR.sub(" ", _COMMAND.sub(" ", line))) or numeric.parse(line) is not None
 
 
 def extract_upstream(text: str) -> str | None:
@@ -177,22 +187,38 @@ def compare_plain(gold: str, answer: str) -> bool | None:
 
 
 def compare_notation(gold: str, answer: str) -> bool | None:
-    r"""What math-verify does not look at: hedges, relations, bases, other units, the order of points; None = ask it."""
-    if _HEDGE.search(plain(answer)) and not _SEVERAL.search(gold):
-        return False
+    r"""What math-verify does not look at: relations, words, bases, other units, the order of points; None = ask it."""
     if _ONE_SIDED.match(answer) and not _ONE_SIDED.search(gold):
         return False
-    if _UNSOLVED.fullmatch(answer) and "=" not in gold and not re.search("[a-z]", _COMMAND.sub("", gold)):
+    name, _, value = answer.rpartition("=")
+    if "=" not in gold and not re.search("[a-z]", _COMMAND.sub("", gold)) and _is_unsolved(name):
+        return False
+    if re.search(r"\d\s?:", answer) and _PLAIN.fullmatch(gold):
+        return False
+    brackets = {("(" in text, "\\{" in text) for text in (answer, gold)}
+    if brackets == {(True, False), (False, True)}:  # a tuple is no set
         return False
     based = _BASED.fullmatch(answer), _BASED.fullmatch(gold)
-    if based[0] and (based[1] or gold.isdecimal()):
+    if based[0]:
         return based[0].groups() == (based[1].groups() if based[1] else (gold, "10"))
     if re.fullmatch("[A-Z]{3,10}", gold) and re.fullmatch("[A-Z]{3,10}", plain(answer)):
         return plain(answer) in (gold, gold[::-1])
-    found, wanted = numeric.parse(answer), numeric.parse(gold)
-    if found and wanted and found.unit and wanted.unit and found.unit != wanted.unit and found.is_measured:
-        return numeric.same(found, wanted) if wanted.is_measured else None
-    return None
+    value = plain(value)
+    has_words = _WORDS.search(_COMMAND.sub(" ", value)) is not None
+    found, wanted = numeric.parse(numeric.reading(value)), numeric.parse(gold)
+    if found and wanted and (has_words or (found.unit and wanted.unit)):
+        is_unit_known = found.is_measured and wanted.is_measured
+        return numeric.same(found if is_unit_known else replace(found, unit=""), wanted)
+    return False if wanted and has_words else None  # "42 or 43"
+
+
+def _is_unsolved(name: str) -> bool:
+    r"""Left of "=" stands no name of a value, but "2x", "x^2", "|x|" or "2"; "f(3)", "x_1", "m+n" and "6 \cdot 7" are fine."""
+    name = name.split("=")[0].strip()
+    names = set(_NAME.findall(name))
+    if not names:
+        return re.fullmatch(r"[\d\s.]+", name) is not None
+    return len(names) == 1 and _OPERATION.search(_NAME.sub("", name)) is not None
 
 
 class MathVerifier(Verifier):

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from uniopd_mm.rollout import Prompt
 from uniopd_mm.verifiers.base import MAX_ANSWER_CHARS, NO_GOLD, Verifier, gold_answers
-from uniopd_mm.verifiers.extract import fold, linear_number, plain, sentence, short_answer
+from uniopd_mm.verifiers.extract import fold, linear_number, plain, sentence, short_answer, stated
 
 RELATIVE = Fraction(1, 10**6)
-_MAX_EXPONENT = 300
 
 _UNITS = {
     "cm": "centimeter centimetre centimeters centimetres cms 厘米", "mm": "millimeter millimetre millimeters millimetres 毫米",
@@ -27,8 +26,8 @@ _UNITS = {
     "oz": "ounce ounces", "l": "liter litre liters litres", "ml": "milliliter millilitre milliliters millilitres",
     "s": "sec secs second seconds 秒", "min": "mins minute minutes 分钟", "h": "hr hrs hour hours 小时", "day": "days d 天",
     "week": "weeks", "month": "months", "year": "years yr yrs 年", "ms": "millisecond milliseconds",
-    "°": "deg degree degrees ^\\circ ^{\\circ} \\degree º 度", "rad": "radian radians", "%": "percent pct per-cent",
-    "$": "dollar dollars usd", "€": "euro euros eur", "£": "gbp", "¥": "yen yuan rmb 元", "cent": "cents ¢",
+    "°": "deg degree degrees º 度", "rad": "radian radians", "%": "percent pct per-cent",
+    "$": "dollar dollars usd", "€": "euro euros eur", "£": "gbp", "¥": "yen yuan rmb 元", "₹": "rupee rupees inr", "cent": "cents ¢",
     "n": "newton newtons", "j": "joule joules", "w": "watt watts", "v": "volt volts", "a": "amp amps ampere amperes",
     "ω": "ohm ohms", "hz": "hertz", "pa": "pascal pascals", "k": "kelvin", "°c": "celsius degc", "°f": "fahrenheit",
     "unit": "units", "item": "items 个 件", "piece": "pieces 块 张", "people": "person persons 人 名",
@@ -44,47 +43,32 @@ _SI = {
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALES |= {"k": 10**3, "M": 10**6, "bn": 10**9}
 _WORDS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
 )
-_COUNTS = {word: str(value) for value, word in enumerate(_WORDS)}
+_COUNTS = {word: str(value) for value, word in enumerate(_WORDS.split())}
 _NUMBER = re.compile(
-    r"(?P<currency>[$€£¥]?)\s?(?P<sign>[-+]?)\s?(?P<front>[$€£¥]?)\s?"
+    r"(?P<sign>[-+]?)\s?(?P<currency>[$€£¥₹]?)\s?"
     r"(?P<value>\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?|\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})"
     r"(?:\s?(?:[eE]|(?:\\times|\\cdot|×|x|\*)\s?10\s?\^)\s?\{?(?P<exponent>[-+]?\d{1,3})\}?)?"
     r"(?:\s?/\s?(?P<over>\d{1,15}(?:\.\d{1,15})?))?"
-    r"(?:\s?(?P<scale>(?i:thousand|million|billion|trillion))|(?<=\d)(?P<suffix>k|M|bn)(?!\w))?(?P<unit>.{0,60})",
+    r"(?:\s?(?P<scale>(?i:thousand|million|billion|trillion))|(?P<suffix>k|M|bn)(?!\w))?(?P<unit>.{0,60})",
     re.DOTALL,
 )
 _MIXED = re.compile(
     r"(?P<sign>[-+]?)\s?(?P<whole>\d{1,15})\s(?P<value>\d{1,15})\s?/\s?(?P<over>\d{1,15})(?P<unit>.{0,60})",
     re.DOTALL,
 )
-_TAIL = re.compile(
-    r"\s(?:long|wide|tall|high|deep|old|in total|each|altogether|\(?approx(?:\.|imately)?\)?)$"
+_TAIL = re.compile(r"\s(?:long|wide|tall|high|deep|old|in total)$")
+_EQUATION = re.compile(
+    r"(?:[A-Za-z]{1,20}(?:\s[A-Za-z]{1,20}){0,3}\s?[=:]\s?)?"
+    r"(?:[\d\s.,()]{1,30}[+*×/÷-][\d\s.,+*×/÷()-]{1,60}=)?([^=]{1,60})"
 )
-_STATED = re.compile(
-    r"(?:[\d\s.,+*×/÷()-]{1,60}|[A-Za-z]{1,20}(?:\s[A-Za-z]{1,20}){0,3}\s?)=(?P<value>[^=]{1,60})"
-    r"|(?:[A-Za-z',]{1,20}\s){1,15}?(?:is|are|was|were|has|have|equals):?\s(?P<counted>[^=]{1,60})"
-    r"|[A-Za-z]{2,20}(?:\s[A-Za-z]{2,20}){0,3}:\s(?P<listed>[^=]{1,60})"
-)
-"""A line that states one quantity: "3 + 9 = 12", "The length is 12 cm.", "Total: 12"."""
+"""A line that ends in its value: "3 + 9 = 12", "Total: 12"."""
 _NO_NOUNS = frozenset((
     "is", "are", "was", "were", "or", "and", "not", "to", "than", "but", "plus", "minus", "times", "if", "so", "because",
-    "wrong", "right",
+    "wrong", "right", "extraneous", "dozen", "squared", "cubed", "hundred",
 ))  # fmt: skip
-_UNIT = re.compile(r"[一-鿿a-zA-Z°º%$€£¥¢Ωωµμ²³^{}\\/·*\d\s().-]*")
 
 
 @dataclass(frozen=True)
@@ -94,6 +78,8 @@ class Quantity:
     value: Fraction
     unit: str = ""
     """Canonical: ``cm^2``, ``km/h``; "" = none."""
+    scale: int = field(default=1, compare=False)
+    """The million of "5 million", which the value holds already."""
 
     @property
     def is_measured(self) -> bool:
@@ -114,9 +100,9 @@ class Quantity:
 
 def parse(text: str) -> Quantity | None:
     """The quantity a text is; None when it is more or less than one number with an optional unit."""
-    text = plain(fold(text[:MAX_ANSWER_CHARS])).strip().rstrip(".").strip()
-    text = re.sub(r"^(?:[a-zA-Z]\w{0,3}\s?)?(?:=|≈|\\approx)\s?", "", text).replace("\\%", "%")
-    text = text.replace("\\$", "$").replace("{,}", ",").replace("\\!", "").replace("per cent", "percent")
+    text = plain(fold(text[:MAX_ANSWER_CHARS])).rstrip(". ")
+    text = re.sub(r"^(?:[a-zA-Z]\w{0,3}\s?)?(?:=|≈|\\approx)\s?", "", text).replace("{,}", ",")
+    text = re.sub(r"\bper cent\b|\bpercentage points?\b", "percent", text)
     text = re.sub(
         r"^(?:minus|negative)\s(?=[\d.])", "-", linear_number(_TAIL.sub("", text)), flags=re.IGNORECASE
     )
@@ -129,25 +115,25 @@ def parse(text: str) -> Quantity | None:
 
 def _quantity(match: re.Match[str]) -> Quantity | None:
     groups = match.groupdict()
-    glued = groups["unit"][:1].isalpha() and groups["unit"][0].isascii()
+    glued = groups["unit"][:1].isalpha()
     unit = _unit(groups["unit"])
-    currency = groups.get("currency") or groups.get("front") or ""
+    currency = groups.get("currency") or ""
     if unit is None or (currency and unit not in ("", currency)):
         return None
     quantity = Quantity(Fraction(0), unit)
-    if glued and not (groups.get("scale") or quantity.is_measured):  # "12th", "12x"
+    if glued and not quantity.is_measured:  # "12th", "12x"
         return None
     over = Fraction(groups["over"] or 1)
     exponent = int(groups.get("exponent") or 0)
-    if over == 0 or abs(exponent) > _MAX_EXPONENT:
+    if over == 0:
         return None
     value = Fraction(re.sub("[, ]", "", groups["value"]).removesuffix(".")) * Fraction(10) ** exponent / over
     if "whole" in groups:
         if value >= 1:
             return None
         value += int(groups["whole"])
-    value *= _SCALES.get((groups.get("scale") or "").casefold() or groups.get("suffix") or "", 1)
-    return Quantity(-value if groups["sign"] == "-" else value, currency or unit)
+    scale = _SCALES.get((groups.get("scale") or "").casefold() or groups.get("suffix") or "", 1)
+    return Quantity((-value if groups["sign"] == "-" else value) * scale, currency or unit, scale)
 
 
 def _unit(text: str) -> str | None:
@@ -155,14 +141,11 @@ def _unit(text: str) -> str | None:
     text = text.strip().strip("()[]").strip()
     if not text:
         return ""
-    if text.casefold() in _CANONICAL:
-        return _CANONICAL[text.casefold()]
-    if not _UNIT.fullmatch(text):
-        return None
-    text = re.sub(r"\b(square|sq\.?|cubic)\s+(\S+)", lambda m: f"{m[2]}^{3 if m[1][0] == 'c' else 2}", text)
+    if (unit := text.casefold().replace("° ", "°")) in _CANONICAL:
+        return _CANONICAL[unit]
+    text = re.sub(r"(?:\b(?:square|sq\.?)\s+|平方)(\S+)", r"\1^2", text)
+    text = re.sub(r"(?:\bcubic\s+|立方)(\S+)", r"\1^3", text)
     text = text.replace("²", "^2").replace("³", "^3").replace(" per ", "/").replace("{", "").replace("}", "")
-    if "°" in text or "º" in text or "\\" in text:
-        return _CANONICAL.get(text.replace(" ", "").casefold().replace("^\\circ", "°").replace("º", "°"))
     parts = re.split(r"\s*([/·*])\s*", text)
     named = [part if part in "/·*" else _power(part) for part in parts]
     return None if None in named else "".join(part or "" for part in named)
@@ -183,6 +166,15 @@ def _power(text: str) -> str | None:
     ):
         return None
     return _CANONICAL.get(name, name.removesuffix("s")) + (f"^{power}" if power else "")
+
+
+def reading(answer: str) -> str:
+    """The quantity in an answer that states one: "The length is 12 cm." -> "12 cm"; other answers as they are."""
+    if parse(answer):
+        return answer
+    first = stated(sentence(answer))
+    equation = _EQUATION.fullmatch(first)
+    return next((text.strip() for text in (first, equation and equation[1]) if text and parse(text)), answer)
 
 
 def score(answer: str, gold: str) -> float:
@@ -207,12 +199,7 @@ class NumericVerifier(Verifier):
 
     def extract(self, prompt: Prompt, text: str) -> str | None:
         answer = short_answer(text)
-        if answer is None or parse(answer):
-            return answer
-        first = sentence(answer)
-        stated = _STATED.fullmatch(first)
-        readings = (first, *(group for group in (stated.groups() if stated else ()) if group))
-        return next((reading.strip() for reading in readings if parse(reading)), answer)
+        return answer and reading(answer)
 
     def score(self, answer: str, gold: str, prompt: Prompt | None = None) -> float:
         return score(answer, gold)
