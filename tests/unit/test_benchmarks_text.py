@@ -17,6 +17,7 @@ from tasks._text import row_id
 from uniopd_mm.config import ModelConfig
 from uniopd_mm.errors import ConfigError, DataError
 from uniopd_mm.evaluation import session
+from uniopd_mm.evaluation.generate import generate
 from uniopd_mm.evaluation.loading import load_rows
 from uniopd_mm.evaluation.session import Answerer, Request
 from uniopd_mm.processors import get_processor
@@ -184,12 +185,11 @@ def test_presets_switch_thinking_off_and_what_is_typed_wins(
     request = Request("aime24", preset, tmp_path, benchmark, source=FIXTURES)
     asked = []
 
-    def generate(engine, processor, *more, **options):
+    def noting(engine, processor, *more, **options):
         asked.append(processor)
-        return session.generate_samples(engine, processor, *more, **options)
+        return generate(engine, processor, *more, **options)
 
-    monkeypatch.setattr(session, "generate_samples", session.generate, raising=False)
-    monkeypatch.setattr(session, "generate", generate)
+    monkeypatch.setattr(session, "generate", noting)
     model = ModelConfig(model=str(tiny_models["text"]), dtype="float32", template=typed)
     with Answerer(model, world()) as answerer:
         task = request.load()
