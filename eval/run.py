@@ -37,7 +37,7 @@ from uniopd_mm.config import JudgeConfig, ModelConfig, RolloutServerConfig, Sand
 from uniopd_mm.errors import ConfigError, UniOPDError
 from uniopd_mm.settings import from_options
 from uniopd_mm.training.arguments import at_least
-from uniopd_mm.training.launch import StopRequest, error_message, prepare_environment
+from uniopd_mm.training.launch import StopRequest, error_message, is_launched, prepare_environment
 
 if TYPE_CHECKING:
     from uniopd_mm.distributed import World
@@ -56,7 +56,7 @@ def main() -> int:
         return compare(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if is_launched(args):
+    if is_launched(args.local_rank):
         prepare_environment()
 
     from uniopd_mm.distributed import close_world
@@ -229,7 +229,7 @@ def make_answerer(args: argparse.Namespace, world: World) -> Answerer:
             max_failed_share=args.server_max_failed_share,
             sync="never",
         )
-    stop = StopRequest() if is_launched(args) else None  # killed, it leaves its ranks running
+    stop = StopRequest() if is_launched(args.local_rank) else None  # killed, it leaves its ranks running
     return Answerer(
         model, world, server, args.batch, args.seed, args.fresh, lambda: stop.reason if stop else ""
     )
@@ -276,17 +276,12 @@ def say_sandbox(world: World) -> None:
     say(world, describe_sandbox())
 
 
-def is_launched(args: argparse.Namespace) -> bool:
-    """Whether a launcher started this process, as one of several."""
-    return args.local_rank is not None or "LOCAL_RANK" in os.environ
-
-
 def start_world(args: argparse.Namespace) -> World:
     import torch
 
     from uniopd_mm.distributed import World, init_world
 
-    if is_launched(args):
+    if is_launched(args.local_rank):
         return init_world(timeout_s=7200.0)  # one rank may be busy with long answers while the others wait
     return World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

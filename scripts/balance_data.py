@@ -21,7 +21,6 @@ servers answer; they must serve the recipe's student.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 from collections import Counter
@@ -49,7 +48,7 @@ from uniopd_mm.difficulty import (
 from uniopd_mm.errors import ConfigError, UniOPDError
 from uniopd_mm.settings import from_options, load_config
 from uniopd_mm.training.arguments import at_least, recipe_parser
-from uniopd_mm.training.launch import StopRequest, error_message, prepare_environment
+from uniopd_mm.training.launch import StopRequest, error_message, is_launched, prepare_environment
 
 if TYPE_CHECKING:
     from uniopd_mm.distributed import World
@@ -101,8 +100,8 @@ def main() -> int:
 
     require_writable(Path(args.out))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_launched = args.local_rank is not None or "LOCAL_RANK" in os.environ
-    world = init_world(config.distributed.timeout_s) if is_launched else World(0, 1, 0, device)
+    is_one_of_many = is_launched(args.local_rank)
+    world = init_world(config.distributed.timeout_s) if is_one_of_many else World(0, 1, 0, device)
     if not (world.is_main and sys.stderr.isatty()):
         disable_progress_bar()
     prompts = load_prompts(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniopd_mm.config import ModelConfig, RolloutServerConfig
-from uniopd_mm.errors import ConfigError, DataError, UniOPDError
+from uniopd_mm.errors import ConfigError, UniOPDError
 from uniopd_mm.evaluation.benchmark import Benchmark, Preset, Profile
 from uniopd_mm.evaluation.folder import write_task
 from uniopd_mm.evaluation.generate import ROUND, generate, score
@@ -19,7 +19,7 @@ from uniopd_mm.evaluation.page import write_page
 from uniopd_mm.evaluation.progress import ProgressLine
 from uniopd_mm.evaluation.results import Scored, summarise_benchmark
 from uniopd_mm.evaluation.samples import Sample, SampleStore, different
-from uniopd_mm.evaluation.tasks import LISTED, MAX_BAD_SHARE, Task, data_task, load_task
+from uniopd_mm.evaluation.tasks import Task, data_task, load_task, require_few
 from uniopd_mm.processors import ProcessorError
 
 if TYPE_CHECKING:
@@ -235,10 +235,7 @@ def check_golds(task: Task, verifiers: VerifierPool, world: World) -> list[str]:
         whys = zip(mine, verifiers.check_golds(mine), strict=True)
         found = [f"{prompt.source or prompt.id}: {why}" for prompt, why in whys if why]
     found = world.gather(found)
-    if len(found) > MAX_BAD_SHARE * len(task.prompts):
-        more = [f"... and {len(found) - LISTED} more"] if len(found) > LISTED else []
-        head = f"{len(found)} of {len(task.prompts)} gold answers of {task.name} cannot be used:"
-        raise DataError("\n  ".join([head, *found[:LISTED], *more]))
+    require_few(found, len(task.prompts), f"gold answers of {task.name}")
     return found
 
 

@@ -90,12 +90,16 @@ def load_task(
             row = without_bytes(row)
         prompts.append(prompt)
         used.append(row)
-    if len(bad) > MAX_BAD_SHARE * len(rows):
-        more = [f"... and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
-        lines = [f"{len(bad)} of {len(rows)} rows of {benchmark.title} cannot be used:", *bad[:LISTED], *more]
-        raise DataError("\n  ".join(lines))
+    require_few(bad, len(rows), f"rows of {benchmark.title}")
     prompts = number_repeats(prompts)
     return Task(benchmark, preset, used, prompts, tuple(bad), _by_id(prompts, digests))
+
+
+def require_few(bad: Sequence[str], n: int, what: str) -> None:
+    """DataError that lists the first of them where more than 1 % of ``n`` cannot be used."""
+    if len(bad) > MAX_BAD_SHARE * n:
+        more = [f"... and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
+        raise DataError("\n  ".join([f"{len(bad)} of {n} {what} cannot be used:", *bad[:LISTED], *more]))
 
 
 def prompt_digest(prompt: Prompt) -> str:

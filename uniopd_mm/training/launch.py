@@ -45,6 +45,11 @@ def prepare_environment() -> None:
             )
 
 
+def is_launched(local_rank: int | None = None) -> bool:
+    """Whether a launcher (deepspeed, torchrun) started this process, as one of several; ``local_rank``: its option."""
+    return local_rank is not None or "LOCAL_RANK" in os.environ
+
+
 def _has_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None or Path("/dev/kfd").exists()
 
@@ -79,7 +84,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason = ""
-        self._ancestors = _ancestors(os.getpid())[:2] if "LOCAL_RANK" in os.environ else []
+        self._ancestors = _ancestors(os.getpid())[:2] if is_launched() else []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         if self._ancestors:
